@@ -1,0 +1,45 @@
+"""A laboratory for variational autoencoders in Pyro whose likelihoods can be trusted.
+
+Submodules and the handful of top-level names load on first use, so that ``import pyrovae``
+(and ``pyrovae --help``) does not pay for torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pyrovae.errors import InputError
+    from pyrovae.evaluation import Evaluation, evaluate
+    from pyrovae.importance import log_weights
+    from pyrovae.runs import load
+    from pyrovae.training import fit
+    from pyrovae.vae import VAE
+
+__version__ = "0.1.0"
+__all__ = ["VAE", "Evaluation", "InputError", "evaluate", "fit", "load", "log_weights"]
+
+_HOME = {
+    "VAE": "vae",
+    "Evaluation": "evaluation",
+    "InputError": "errors",
+    "evaluate": "evaluation",
+    "fit": "training",
+    "load": "runs",
+    "log_weights": "importance",
+}
+_MODULES = (
+    "cli config data diagnostics distributions errors evaluation importance likelihoods networks "
+    "objectives plots posteriors priors runs training vae"
+).split()
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(f"pyrovae.{_HOME[name]}"), name)
+    if name in _MODULES:
+        return import_module(f"pyrovae.{name}")
+    raise AttributeError(f"module 'pyrovae' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, *_MODULES, "__version__"])

@@ -1,0 +1,12 @@
+"""The two errors that carry a message for a person rather than for a programmer."""
+
+
+class InputError(ValueError):
+    """What was asked for cannot be done as asked: expected, got, remedy, in one line.
+
+    The command line prints the message alone and exits with status 2.
+    """
+
+
+class NonFiniteLossError(RuntimeError):
+    """Training met a loss or a gradient that is NaN or infinite."""

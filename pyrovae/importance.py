@@ -1,0 +1,375 @@
+"""Importance sampling with the guide: log p(x, z) - log q(z | x), per particle and image.
+
+Everything here takes any pair of Pyro programs ``model(x)`` and ``guide(x)`` whose sample sites all
+lie in a plate over the images at dim -1; it never asks for a VAE.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+from torch.distributions import Distribution, Independent, MultivariateNormal, Normal
+from torch.distributions import TransformedDistribution as Transformed
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pyrovae.errors import InputError
+
+Program = Callable[[Tensor], Any]
+
+# Noise belongs to an image and a particle, whatever chunk they are computed in. It is drawn in
+# blocks of this many images by this many particles, each with a seed of its own: large enough
+# that seeding costs nothing beside drawing, small enough that little is drawn in vain.
+IMAGE_BLOCK = 16
+PARTICLE_BLOCK = 64
+
+
+class LogTerms(NamedTuple):
+    """The parts of the log-weights, each (K, B), in nats, and the draws they belong to."""
+
+    log_likelihood: Tensor
+    """log p(x | z): the observed sites."""
+    log_prior: Tensor
+    """log p(z): the latent sites of the model."""
+    log_posterior: Tensor
+    """log q(z | x): the sites of the guide."""
+    latents: dict[str, Tensor]
+    """Site name -> draw, (K, B, *event)."""
+
+    @property
+    def log_weights(self) -> Tensor:
+        """log p(x, z) - log q(z | x), (K, B)."""
+        return self.log_likelihood + self.log_prior - self.log_posterior
+
+
+def log_weights(model: Program, guide: Program, x: Tensor, num_particles: int) -> Tensor:
+    """log w_kb = log p(x_b, z_kb) - log q(z_kb | x_b) with z_kb ~ q(z | x_b): (K, B), in nats.
+
+    The mean over k is an unbiased estimate of the ELBO; ``logsumexp(w, 0) - log K`` is the
+    importance-weighted bound (Burda et al., Importance Weighted Autoencoders, 2016,
+    https://arxiv.org/abs/1509.00519), which rises to log p(x) with K. Differentiable wherever the
+    guide is reparameterised. Scales set by handlers (a KL weight, a subsampled plate) do not enter:
+    a weight is a ratio of densities of one image.
+
+    Args:
+        model: Pyro program with the observed sites, in a plate over images at dim -1.
+        guide: Pyro program with the latent sites, in the same plate.
+        x: (B, *x_shape).
+        num_particles: K >= 1.
+
+    Raises:
+        InputError: for K < 1, or a site outside the plate of images.
+
+    >>> import pyro.distributions as dist
+    >>> def model(x):
+    ...     with pyro.plate("data", len(x), dim=-1):
+    ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+    >>> def guide(x):  # the exact posterior: every weight is p(x)
+    ...     with pyro.plate("data", len(x), dim=-1):
+    ...         pyro.sample("z", dist.Normal(x / 2, 0.5**0.5))
+    >>> log_weights(model, guide, torch.zeros(2), 3).shape
+    torch.Size([3, 2])
+    """
+    return log_terms(model, guide, x, num_particles).log_weights
+
+
+def log_terms(model: Program, guide: Program, x: Tensor, num_particles: int) -> LogTerms:
+    """The terms of :func:`log_weights`, drawn from torch's own random stream."""
+    _check_particles(num_particles)
+    with _isolated_params():
+        trace = poutine.trace(_particles(guide, num_particles)).get_trace(x)
+        return _score(model, trace, x, num_particles)
+
+
+class Noise(NamedTuple):
+    """Standard-normal noise that belongs to (seed, site, image, particle), not to a chunk."""
+
+    seed: int
+    images: range
+    """Positions of the batch's images in their data set."""
+    particles: range
+
+    def draw(self, site: str, event_shape: torch.Size, like: Tensor) -> Tensor:
+        """Noise of shape (len(particles), len(images), *event_shape), of ``like``'s kind."""
+        rows = []
+        for p in _blocks(self.particles, PARTICLE_BLOCK):
+            row = [self._block(site, p, i, event_shape, like) for i in self._image_blocks()]
+            keep = slice(self.images.start % IMAGE_BLOCK, None)
+            rows.append(torch.cat(row, 1)[:, keep][:, : len(self.images)])
+        start = self.particles.start % PARTICLE_BLOCK
+        return torch.cat(rows)[start : start + len(self.particles)]
+
+    def _image_blocks(self) -> range:
+        return _blocks(self.images, IMAGE_BLOCK)
+
+    def _block(self, site: str, p: int, i: int, event: torch.Size, like: Tensor) -> Tensor:
+        key = f"{self.seed}/{site}/{p}/{i}".encode()
+        generator = torch.Generator(like.device)
+        generator.manual_seed(int.from_bytes(hashlib.blake2b(key, digest_size=8).digest()) >> 1)
+        shape = (PARTICLE_BLOCK, IMAGE_BLOCK, *event)
+        return torch.randn(shape, generator=generator, dtype=like.dtype, device=like.device)
+
+
+def _blocks(indices: range, size: int) -> range:
+    return range(indices.start // size, -(-indices.stop // size))
+
+
+def from_noise(q: Distribution, noise: Callable[[torch.Size], Tensor]) -> Tensor | None:
+    """z = g(noise) with z ~ q for noise ~ N(0, 1), or None if q is not made of normals.
+
+    ``noise(event_shape)`` returns (..., *event_shape), broadcastable to q's batch shape.
+    """
+    if isinstance(q, Transformed):
+        z = from_noise(_to_event(q.base_dist, len(q.event_shape)), noise)
+        for transform in q.transforms if z is not None else ():
+            z = transform(z)
+        return z
+    event = q.event_shape
+    while isinstance(q, Independent):
+        q = q.base_dist
+    if isinstance(q, Normal):
+        return q.loc + q.scale * noise(event)
+    if isinstance(q, MultivariateNormal):
+        eps = noise(event).unsqueeze(-1)
+        return q.loc + (q._unbroadcasted_scale_tril @ eps).squeeze(-1)
+    return None
+
+
+def _to_event(q: Distribution, event_dim: int) -> Distribution:
+    missing = event_dim - len(q.event_shape)
+    return Independent(q, missing) if missing > 0 else q
+
+
+class _FromNoise(Messenger):
+    """Gives every sample site of a guide its value from explicit noise."""
+
+    def __init__(self, noise: Noise, like: Tensor):
+        super().__init__()
+        self.noise = noise
+        self.like = like
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        if msg["is_observed"] or msg["done"] or _is_bookkeeping(msg):
+            return
+        name = msg["name"]
+        value = from_noise(msg["fn"], lambda event: self.noise.draw(name, event, self.like))
+        if value is None:
+            raise _NoNormalBaseError(name)
+        msg["value"] = value
+        msg["done"] = True
+
+
+class _NoNormalBaseError(Exception):
+    pass
+
+
+def chunks(
+    model: Program,
+    guide: Program,
+    x: Tensor,
+    num_particles: int,
+    *,
+    chunk: int,
+    seed: int,
+    first_image: int = 0,
+) -> Iterator[LogTerms]:
+    """Terms of ``num_particles`` draws for one batch, ``chunk`` particles at a time, no gradient.
+
+    A guide with a single latent site is run, and x encoded, only once. Draws are a function of
+    (seed, site, image, particle), so they do not depend on the chunk or the batch.
+    """
+    _check_particles(num_particles)
+    with torch.no_grad(), _isolated_params():
+        draw = _sampler(guide, x)
+        for start in range(0, num_particles, chunk):
+            particles = range(start, min(start + chunk, num_particles))
+            noise = Noise(seed, range(first_image, first_image + len(x)), particles)
+            yield _score(model, draw(noise), x, len(particles))
+
+
+def _sampler(guide: Program, x: Tensor) -> Callable[[Noise], poutine.Trace]:
+    """A function from noise to a trace of the guide, with particles at dim -2."""
+    once = poutine.trace(guide).get_trace(x)
+    names = [n for n, site in once.nodes.items() if _is_latent(site)]
+
+    def rerun(noise: Noise) -> poutine.Trace:
+        program = _FromNoise(noise, x)(_particles(guide, len(noise.particles)))
+        try:
+            return poutine.trace(program).get_trace(x)
+        except _NoNormalBaseError:
+            return _seeded_trace(guide, noise, x)
+
+    if len(names) != 1:  # a later site may depend on an earlier draw: run the whole program
+        return rerun
+    name = names[0]
+    q = once.nodes[name]["fn"]
+
+    def reuse(noise: Noise) -> poutine.Trace:
+        z = from_noise(q, lambda event: noise.draw(name, event, x))
+        if z is None:
+            return rerun(noise)
+        trace = poutine.Trace()
+        trace.add_node(name, **{**once.nodes[name], "value": z})
+        return trace
+
+    return reuse
+
+
+def _seeded_trace(guide: Program, noise: Noise, x: Tensor) -> poutine.Trace:
+    # A guide that is not made of normals draws from torch's stream. Only whole blocks are
+    # reproducible then; `plan` keeps to those.
+    devices = [x.device] if x.is_cuda else []
+    key = f"{noise.seed}/{noise.particles.start}/{noise.images.start}".encode()
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(int.from_bytes(hashlib.blake2b(key, digest_size=8).digest()) >> 1)
+        return poutine.trace(_particles(guide, len(noise.particles))).get_trace(x)
+
+
+def is_made_of_normals(guide: Program, x: Tensor) -> bool:
+    """Whether every latent of the guide can be computed from standard-normal noise."""
+    probe = Noise(0, range(len(x)), range(1))
+    try:
+        with torch.no_grad(), _isolated_params():
+            poutine.trace(_FromNoise(probe, x)(_particles(guide, 1))).get_trace(x)
+    except _NoNormalBaseError:
+        return False
+    return True
+
+
+def log_mean_exp(values: Tensor, dim: int = 0) -> Tensor:
+    """log((1/K) sum_k exp(v_k)) along ``dim``."""
+    return torch.logsumexp(values, dim) - math.log(values.shape[dim])
+
+
+class Plan(NamedTuple):
+    """How many images and particles are computed together."""
+
+    images: int
+    particles: int
+
+
+def plan(
+    model: Program,
+    guide: Program,
+    x: Tensor,
+    num_particles: int,
+    memory: int | None = None,
+) -> Plan:
+    """Choose a batch of images and a chunk of particles that fit a memory budget in bytes.
+
+    The bytes one (image, particle) pair needs are measured: all tensors that one pass creates,
+    an upper bound, since most are freed on the way.
+    """
+    _check_particles(num_particles)
+    if not is_made_of_normals(guide, x[:1]):
+        return Plan(IMAGE_BLOCK, min(num_particles, PARTICLE_BLOCK))
+    memory = memory if memory is not None else _default_memory(x)
+    probe = x[:1]
+    counter = _CountBytes()
+    with counter:
+        for _ in chunks(model, guide, probe, 1, chunk=1, seed=0):
+            pass
+    rows = max(1, memory // max(1, counter.bytes))
+    particles = min(num_particles, max(1, rows // IMAGE_BLOCK), 4 * PARTICLE_BLOCK)
+    if particles > PARTICLE_BLOCK:
+        particles -= particles % PARTICLE_BLOCK
+    # The log-weights of a whole batch are kept for the diagnostics: bound those too.
+    images = min(rows // particles, max(1, memory // (16 * num_particles)), 16384)
+    images = max(1, images)
+    if images > IMAGE_BLOCK:
+        images -= images % IMAGE_BLOCK
+    return Plan(images, particles)
+
+
+def _default_memory(x: Tensor) -> int:
+    if x.is_cuda:
+        free, _ = torch.cuda.mem_get_info(x.device)
+        return free // 4
+    return 64 * 2**20  # stays near a CPU's caches; larger chunks measured no faster
+
+
+class _CountBytes(TorchDispatchMode):
+    """Adds up the bytes of every tensor that is created while it is active."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, Tensor):
+                self.bytes += tensor.untyped_storage().nbytes() and tensor.nbytes
+        return out
+
+
+def _score(model: Program, guide_trace: poutine.Trace, x: Tensor, num_particles: int) -> LogTerms:
+    replayed = poutine.replay(_particles(model, num_particles), trace=guide_trace)
+    model_trace = poutine.trace(replayed).get_trace(x)
+    shape = (num_particles, len(x))
+    likelihood = prior = posterior = x.new_zeros(())
+    for site in model_trace.nodes.values():
+        if site["type"] != "sample" or _is_bookkeeping(site):
+            continue
+        if site["is_observed"]:
+            likelihood = likelihood + _site_log_prob(site, shape)
+        else:
+            prior = prior + _site_log_prob(site, shape)
+    for site in guide_trace.nodes.values():
+        if _is_latent(site):
+            posterior = posterior + _site_log_prob(site, shape)
+    latents = {name: s["value"] for name, s in guide_trace.nodes.items() if _is_latent(s)}
+    return LogTerms(
+        likelihood.expand(shape), prior.expand(shape), posterior.expand(shape), latents
+    )
+
+
+def _site_log_prob(site: dict[str, Any], shape: tuple[int, int]) -> Tensor:
+    log_prob = site["fn"].log_prob(site["value"])
+    if site["mask"] is not None:
+        log_prob = torch.where(torch.as_tensor(site["mask"]), log_prob, 0.0)
+    if log_prob.dim() == 0 or log_prob.shape[-1] != shape[1] or log_prob.dim() > 2:
+        raise InputError(
+            f"site {site['name']!r} must lie in a plate of the {shape[1]} images at dim -1 and in "
+            f"no other; its log-probability has shape {tuple(log_prob.shape)}; open "
+            'pyro.plate("data", len(x), dim=-1) around it'
+        )
+    return log_prob
+
+
+def _particles(program: Program, num_particles: int) -> Program:
+    def run(x: Tensor) -> Any:
+        with pyro.plate("particles", num_particles, dim=-2):
+            return program(x)
+
+    return run
+
+
+def _is_bookkeeping(site: dict[str, Any]) -> bool:
+    return bool(poutine.util.site_is_subsample(site))
+
+
+def _is_latent(site: dict[str, Any]) -> bool:
+    return site["type"] == "sample" and not site["is_observed"] and not _is_bookkeeping(site)
+
+
+@contextmanager
+def _isolated_params() -> Iterator[None]:
+    """See the caller's Pyro parameters, leave none behind."""
+    store = pyro.get_param_store()
+    with store.scope(store.get_state()):
+        yield
+
+
+def _check_particles(num_particles: int) -> None:
+    if num_particles < 1:
+        raise InputError(f"num_particles must be at least 1, got {num_particles}")

@@ -1,0 +1,189 @@
+"""The VAE: one Pyro model, one Pyro guide, and the check that its parts fit together."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import count
+from typing import Any
+
+import pyro
+import torch
+from torch import Tensor, nn
+
+from pyrovae.errors import InputError
+from pyrovae.likelihoods import Likelihood
+from pyrovae.posteriors import Posterior
+from pyrovae.priors import Prior
+
+_SERIAL = count()
+
+
+class VAE(nn.Module):
+    """A variational autoencoder: p(z) p(x | z) and q(z | x) as two Pyro programs.
+
+    The evidence lower bound that training raises is
+    ``ELBO(x) = E_q(z|x)[log p(x | z) + log p(z) - log q(z | x)] <= log p(x)``.
+
+    Args:
+        prior: p(z), returns a distribution of batch shape () and event shape (D,).
+        posterior: the family q(z | x), maps x (*B, *x_shape) to batch *B, event (D,).
+        decoder: maps z (*B, D) to parameters (*B, *likelihood.params_shape).
+        likelihood: p(x | z), maps parameters to a distribution of event shape x_shape.
+
+    Raises:
+        InputError: if the parts do not fit together, with what was expected, got, and to change.
+
+    Source: Kingma and Welling, Auto-Encoding Variational Bayes (2014),
+    https://arxiv.org/abs/1312.6114
+
+    >>> from pyrovae import likelihoods, networks, posteriors, priors
+    >>> likelihood = likelihoods.Bernoulli((1, 8, 8))
+    >>> vae = VAE(
+    ...     prior=priors.StandardNormal(2),
+    ...     posterior=posteriors.MeanField(networks.MLPEncoder((1, 8, 8), hidden=(16,)), 2),
+    ...     decoder=networks.MLPDecoder(2, likelihood.params_shape, hidden=(16,)),
+    ...     likelihood=likelihood,
+    ... )
+    >>> vae.generate(3, seed=0).shape
+    torch.Size([3, 1, 8, 8])
+    """
+
+    def __init__(
+        self, *, prior: Prior, posterior: Posterior, decoder: nn.Module, likelihood: Likelihood
+    ):
+        super().__init__()
+        self.prior = prior
+        self.posterior = posterior
+        self.decoder = decoder
+        self.likelihood = likelihood
+        self._name_program()
+        check_wiring(self)
+
+    def _name_program(self) -> None:
+        # Pyro's parameter store knows parameters by name alone: two VAEs of one name would
+        # silently share, or fail to train, their weights.
+        self.program_name = f"vae{next(_SERIAL)}"
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._name_program()
+
+    @property
+    def x_shape(self) -> tuple[int, ...]:
+        """Shape of one observation, (C, H, W) or (F,)."""
+        return self.likelihood.x_shape
+
+    @property
+    def latent_dim(self) -> int:
+        """Number of latent dimensions D."""
+        return self.prior.latent_dim
+
+    def model(self, x: Tensor) -> None:
+        """The generative program: z ~ p(z), x ~ p(x | z) for x of shape (B, *x_shape)."""
+        pyro.module(self.program_name, self)
+        with pyro.plate("data", x.shape[0], dim=-1):
+            z = pyro.sample("z", self.prior())
+            pyro.sample("x", self.likelihood(self.decoder(z)), obs=x)
+
+    def guide(self, x: Tensor) -> None:
+        """The inference program: z ~ q(z | x) for x of shape (B, *x_shape)."""
+        pyro.module(self.program_name, self)
+        with pyro.plate("data", x.shape[0], dim=-1):
+            pyro.sample("z", self.posterior(x))
+
+    @torch.no_grad()
+    def generate(self, num_samples: int, *, mean: bool = False, seed: int | None = None) -> Tensor:
+        """Draw z ~ p(z), then x ~ p(x | z), or its mean E[x | z]; (num_samples, *x_shape)."""
+        with _seeded(seed, self):
+            z = self.prior().sample(torch.Size([num_samples]))
+            return self.decode(z, mean=mean)
+
+    @torch.no_grad()
+    def decode(self, z: Tensor, *, mean: bool = True, seed: int | None = None) -> Tensor:
+        """E[x | z], or a draw x ~ p(x | z) with ``mean=False``, for z (*B, D): (*B, *x_shape)."""
+        with _seeded(seed, self):
+            p = self.likelihood(self.decoder(z))
+            return p.mean if mean else p.sample()
+
+    @torch.no_grad()
+    def encode(self, x: Tensor, *, num_samples: int = 100, seed: int | None = 0) -> Tensor:
+        """E_q[z | x] for x (*B, *x_shape): (*B, D).
+
+        A posterior without a closed-form mean (a flow) is averaged over ``num_samples`` draws.
+        """
+        q = self.posterior(x)
+        try:
+            return q.mean
+        except NotImplementedError:
+            with _seeded(seed, self):
+                return q.sample(torch.Size([num_samples])).mean(0)
+
+    @torch.no_grad()
+    def reconstruct(self, x: Tensor, *, mean: bool = True, seed: int | None = None) -> Tensor:
+        """Draw z ~ q(z | x), then give E[x | z] (or a draw of x): (*B, *x_shape)."""
+        with _seeded(seed, self):
+            return self.decode(self.posterior(x).sample(), mean=mean)
+
+
+@contextmanager
+def _seeded(seed: int | None, module: nn.Module) -> Iterator[None]:
+    """Draw from ``seed`` without moving anybody else's random stream; None: the caller's own."""
+    if seed is None:
+        yield
+        return
+    devices = {p.device for p in module.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices=list(devices)):
+        torch.manual_seed(seed)
+        yield
+
+
+@torch.no_grad()
+def check_wiring(vae: VAE) -> None:
+    """Send one dummy x through every part; raise InputError where two parts do not fit."""
+    x_shape = tuple(vae.likelihood.x_shape)
+    weight = next(vae.parameters(), torch.empty(0))
+    x = weight.new_full((1, *x_shape), 0.5)
+
+    try:
+        q = vae.posterior(x)
+    except (RuntimeError, ValueError) as error:
+        raise InputError(
+            f"the posterior cannot read x of shape {x_shape}, which the likelihood is for "
+            f"({_first_line(error)}); build both from the same x_shape"
+        ) from error
+    p = vae.prior()
+    if p.batch_shape != () or len(p.event_shape) != 1:
+        raise InputError(
+            f"the prior must have batch shape () and event shape (D,); got {tuple(p.batch_shape)} "
+            f"and {tuple(p.event_shape)}; end it with .to_event(1)"
+        )
+    if q.batch_shape != (1,) or q.event_shape != p.event_shape:
+        raise InputError(
+            f"posterior and prior must agree: expected event shape {tuple(p.event_shape)} (the "
+            f"prior's) with batch shape (1,), got {tuple(q.event_shape)} with "
+            f"{tuple(q.batch_shape)}; give both the same latent_dim"
+        )
+    z = weight.new_zeros(1, *p.event_shape)
+    try:
+        params = vae.decoder(z)
+    except RuntimeError as error:
+        raise InputError(
+            f"the decoder cannot read z of {p.event_shape[0]} dimensions ({_first_line(error)}); "
+            "give it the prior's latent_dim"
+        ) from error
+    expected = tuple(vae.likelihood.params_shape)
+    if tuple(params.shape[1:]) != expected:
+        raise InputError(
+            f"the decoder must give the likelihood's parameters: expected shape {expected}, got "
+            f"{tuple(params.shape[1:])}; build it with out_shape=likelihood.params_shape"
+        )
+    x_dist = vae.likelihood(params)
+    if x_dist.batch_shape != (1,) or tuple(x_dist.event_shape) != x_shape:
+        raise InputError(
+            f"the likelihood must return event shape {x_shape} and batch shape (1,); got "
+            f"{tuple(x_dist.event_shape)} and {tuple(x_dist.batch_shape)}; return one "
+            "distribution per element from elementwise()"
+        )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]

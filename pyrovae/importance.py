@@ -196,7 +196,7 @@ def chunks(
 
 def _sampler(guide: Program, x: Tensor) -> Callable[[Noise], poutine.Trace]:
     """A function from noise to a trace of the guide, with particles at dim -2."""
-    once = poutine.trace(guide).get_trace(x)
+    once = _trace_quietly(guide, x)
     names = [n for n, site in once.nodes.items() if _is_latent(site)]
 
     def rerun(noise: Noise) -> poutine.Trace:
@@ -220,6 +220,24 @@ def _sampler(guide: Program, x: Tensor) -> Callable[[Noise], poutine.Trace]:
         return trace
 
     return reuse
+
+
+def _trace_quietly(guide: Program, x: Tensor) -> poutine.Trace:
+    """Run a guide for its distributions' sake, leaving the caller's random stream alone."""
+    with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
+        return poutine.trace(guide).get_trace(x)
+
+
+def latent_mean(guide: Program, x: Tensor) -> Tensor | None:
+    """E_q[z | x] of a guide with one latent site, (B, D); None where it has no closed form."""
+    with torch.no_grad(), _isolated_params():
+        sites = [s for s in _trace_quietly(guide, x).nodes.values() if _is_latent(s)]
+        if len(sites) != 1:
+            return None
+        try:
+            return sites[0]["fn"].mean.reshape(len(x), -1)
+        except NotImplementedError:
+            return None
 
 
 def _seeded_trace(guide: Program, noise: Noise, x: Tensor) -> poutine.Trace:
@@ -271,12 +289,10 @@ def plan(
     if not is_made_of_normals(guide, x[:1]):
         return Plan(IMAGE_BLOCK, min(num_particles, PARTICLE_BLOCK))
     memory = memory if memory is not None else _default_memory(x)
-    probe = x[:1]
-    counter = _CountBytes()
-    with counter:
-        for _ in chunks(model, guide, probe, 1, chunk=1, seed=0):
-            pass
-    rows = max(1, memory // max(1, counter.bytes))
+    # The difference of two runs leaves out what is paid once a chunk, such as encoding the
+    # pseudo-inputs of a VampPrior.
+    one, three = (_bytes_created(model, guide, x[:1], k) for k in (1, 3))
+    rows = max(1, 2 * memory // max(1, three - one))
     particles = min(num_particles, max(1, rows // IMAGE_BLOCK), 4 * PARTICLE_BLOCK)
     if particles > PARTICLE_BLOCK:
         particles -= particles % PARTICLE_BLOCK
@@ -295,8 +311,15 @@ def _default_memory(x: Tensor) -> int:
     return 64 * 2**20  # stays near a CPU's caches; larger chunks measured no faster
 
 
+def _bytes_created(model: Program, guide: Program, x: Tensor, num_particles: int) -> int:
+    with _CountBytes() as counter:
+        for _ in chunks(model, guide, x, num_particles, chunk=num_particles, seed=0):
+            pass
+    return counter.bytes
+
+
 class _CountBytes(TorchDispatchMode):
-    """Adds up the bytes of every tensor that is created while it is active."""
+    """Adds up the bytes of every tensor that is created while it is active; views are free."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -306,9 +329,10 @@ class _CountBytes(TorchDispatchMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(tensor, Tensor):
-                self.bytes += tensor.untyped_storage().nbytes() and tensor.nbytes
+        outputs = out if isinstance(out, (tuple, list)) else (out,)
+        for tensor, declared in zip(outputs, func._schema.returns, strict=False):
+            if isinstance(tensor, Tensor) and declared.alias_info is None:
+                self.bytes += tensor.nbytes
         return out
 
 
@@ -328,9 +352,7 @@ def _score(model: Program, guide_trace: poutine.Trace, x: Tensor, num_particles:
         if _is_latent(site):
             posterior = posterior + _site_log_prob(site, shape)
     latents = {name: s["value"] for name, s in guide_trace.nodes.items() if _is_latent(s)}
-    return LogTerms(
-        likelihood.expand(shape), prior.expand(shape), posterior.expand(shape), latents
-    )
+    return LogTerms(likelihood.expand(shape), prior.expand(shape), posterior.expand(shape), latents)
 
 
 def _site_log_prob(site: dict[str, Any], shape: tuple[int, int]) -> Tensor:

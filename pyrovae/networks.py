@@ -6,8 +6,10 @@ No network here normalises over the batch: a decoder meets particles and images 
 log p(x | z) must not depend on which other z happen to stand beside it.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
+from itertools import pairwise, starmap
 from math import prod, sqrt
 from typing import ClassVar, NamedTuple
 
@@ -27,39 +29,436 @@ class Activation(NamedTuple):
 
 
 ACTIVATIONS: dict[str, Activation] = {
-    "relu": Activation(nn.ReLU, sqrt(2.0)),
-    "tanh": Activation(nn.Tanh, 1.0),
-    "silu": Activation(nn.SiLU, sqrt(2.0)),
-    "gelu": Activation(nn.GELU, sqrt(2.0)),
     "elu": Activation(nn.ELU, 1.0),
-    "softplus": Activation(nn.Softplus, 1.0),
+    "gelu": Activation(nn.GELU, sqrt(2.0)),
     "leaky-relu": Activation(nn.LeakyReLU, sqrt(2.0)),
+    "relu": Activation(nn.ReLU, sqrt(2.0)),
+    "silu": Activation(nn.SiLU, sqrt(2.0)),
+    "softplus": Activation(nn.Softplus, 1.0),
+    "tanh": Activation(nn.Tanh, 1.0),
 }
 
 # A decoder that starts near zero starts from the likelihood's plainest distribution, so the first
-# loss is finite for every likelihood; not exactly zero, or no gradient would reach what is below.
+# loss is finite for every likelihood; at exactly zero no gradient would reach the layers below.
 SMALL_GAIN = 0.1
 
 
 def smooth_limit(value: Tensor, limit: float) -> Tensor:
-    """Squeeze `value` (any shape) into (-limit, limit): limit * tanh(value / limit).
+    """Squeeze `value` (any shape) into [-limit, limit] by limit * tanh(value / limit).
 
-    Near zero it is the identity. An exponential of the result can neither overflow nor vanish,
-    and unlike a clamp it has a gradient on both sides of every point short of saturation.
+    Near zero it is the identity. The exponential of the result can neither overflow nor vanish,
+    and the gradient fades gradually where a clamp would cut it off.
     """
     return limit * torch.tanh(value / limit)
 
 
 def over_leading(function: Callable[[Tensor], Tensor], value: Tensor, event_dim: int) -> Tensor:
-    """Apply a function of rows (N, *event) to `value` (*B, *event); the result is (*B, *out)."""
-    leading, event = value.shape[: value.dim() - event_dim], value.shape[value.dim() - event_dim :]
-    result = function(value.reshape(leading.numel(), *event))
-    return result.reshape(*leading, *result.shape[1:])
+    """Apply a function of rows, (N, *event) -> (N, *out), to `value` (*B, *event): (*B, *out)."""
+    split = value.dim() - event_dim
+    leading, event = value.shape[:split], value.shape[split:]
+    rows = function(value.reshape(leading.numel(), *event))
+    return rows.reshape(*leading, *rows.shape[1:])
 
 
-def scaled[L: nn.Module](layer: L, gain: float) -> L:
-    ...
+def checked_sizes(sizes: Sequence[int], what: str, least: int = 0) -> Shape:
+    """Return `sizes` as a tuple of at least `least` positive integers, or raise InputError."""
+    listed = tuple(sizes) if isinstance(sizes, Sequence) else None
+    if listed is None or len(listed) < least or any(type(n) is not int or n < 1 for n in listed):
+        count = f"at least {least} positive" if least else "positive"
+        raise InputError(f"{what} expects a tuple of {count} integers, as (200, 100); got {sizes}")
+    return listed
 
 
-class Encoder(nn.Module):
-    ...
+def checked_count(value: int, what: str) -> int:
+    """Return `value` if it is a positive integer, or raise InputError naming `what`."""
+    if type(value) is not int or value < 1:
+        raise InputError(f"{what} expects a positive integer; got {value!r}")
+    return value
+
+
+def activation_named(name: str) -> Activation:
+    """Look `name` up among ACTIVATIONS; an unknown one raises InputError with the nearest name."""
+    if name not in ACTIVATIONS:
+        near = get_close_matches(str(name), ACTIVATIONS, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        known = ", ".join(ACTIVATIONS)
+        raise InputError(f"Unknown activation {name!r}; {hint}--activation takes one of: {known}")
+    return ACTIVATIONS[name]
+
+
+def initialised(layer: nn.Module, gain: float) -> nn.Module:
+    """Draw the weights of one layer with variance gain^2 / fan_in, and set its bias to zero.
+
+    Each output is then about `gain` times the size of the inputs, whatever the width.
+    """
+    assert isinstance(layer, nn.Linear | nn.Conv2d | nn.ConvTranspose2d)
+    fan_in: float = layer.weight[0].numel()
+    if isinstance(layer, nn.ConvTranspose2d):
+        # The stride leaves each output with only a share of the kernel's taps.
+        fan_in = layer.in_channels * prod(layer.kernel_size) / prod(layer.stride)
+    bound = gain * sqrt(3.0 / fan_in)
+    nn.init.uniform_(layer.weight, -bound, bound)
+    nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+    return layer
+
+
+def dense_layers(sizes: Sequence[int], activation: str) -> list[nn.Module]:
+    """Linear layers from each of `sizes` to the next, every one followed by the activation."""
+    module, gain = activation_named(activation)
+    layers: list[nn.Module] = []
+    for before, after in pairwise(sizes):
+        layers += [initialised(nn.Linear(before, after), gain), module()]
+    return layers
+
+
+class GatedLinear(nn.Module):
+    """A linear layer that opens and closes its own outputs: h = (W x + b) * sigmoid(V x + c)."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        # Gates start half open, so twice the gain keeps the size of the signal.
+        self.value = initialised(nn.Linear(in_features, out_features), 2.0)
+        self.gate = initialised(nn.Linear(in_features, out_features), 1.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (*B, in_features) to (*B, out_features)."""
+        return self.value(x) * torch.sigmoid(self.gate(x))
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions added to their input, which start as nearly the identity.
+
+    The small start stands in for normalisation: a signal does not double with each block. Source:
+    Zhang, Dauphin and Ma, Fixup Initialization (2019), https://arxiv.org/abs/1901.09321
+    """
+
+    def __init__(self, channels: int, activation: str) -> None:
+        super().__init__()
+        module, gain = activation_named(activation)
+        self.layers = nn.Sequential(
+            module(),
+            initialised(nn.Conv2d(channels, channels, 3, padding=1), gain),
+            module(),
+            initialised(nn.Conv2d(channels, channels, 3, padding=1), SMALL_GAIN),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (N, channels, H, W) to the same shape."""
+        return x + self.layers(x)
+
+
+class Network(nn.Module, ABC):
+    """What an encoder and a decoder share: one kind's name for itself, and its options."""
+
+    summary: ClassVar[str]
+    x_shapes: ClassVar[str] = "any"
+    default_hidden: ClassVar[Shape]
+    default_activation: ClassVar[str | None] = None
+
+    def __init__(self, hidden: Sequence[int] | None, activation: str | None) -> None:
+        super().__init__()
+        if activation is not None and self.default_activation is None:
+            raise InputError(
+                f"{type(self).__name__} has gates in place of an activation; got {activation!r}. "
+                "Leave --activation out, or use --network mlp"
+            )
+        hidden = self.default_hidden if hidden is None else hidden
+        self.hidden = checked_sizes(hidden, "hidden (--hidden)", least=int(self.x_shapes != "any"))
+        self.activation = self.default_activation if activation is None else activation
+        if self.activation is not None:
+            activation_named(self.activation)
+
+    def image(self, shape: Shape) -> tuple[int, int, int]:
+        """Read `shape` as (channels, H, W), any axes before H and W being channels."""
+        if len(shape) < 3 or not self.takes(*shape[-2:]):
+            got = ", ".join(map(str, shape))
+            raise InputError(
+                f"{type(self).__name__} expects images of x_shape {self.x_shapes}; got ({got}). "
+                "Use --network mlp, which takes any shape"
+            )
+        return prod(shape[:-2]), shape[-2], shape[-1]
+
+    def takes(self, height: int, width: int) -> bool:
+        """Whether the network can take images of this size."""
+        return True
+
+
+class Encoder(Network):
+    """A network from x (*B, *x_shape), values in [0, 1], to features (*B, out_features).
+
+    `hidden` is one width for each layer and `activation` a name in ACTIVATIONS; None is the
+    network's own choice. To write one, build the layers for rows: (N, *x_shape) -> (N, width).
+    Raises InputError for an x_shape the network cannot take, and for x of another shape.
+    """
+
+    def __init__(
+        self, x_shape: Shape, hidden: Sequence[int] | None = None, activation: str | None = None
+    ) -> None:
+        super().__init__(hidden, activation)
+        self.x_shape = checked_sizes(x_shape, "x_shape", least=1)
+        layers, self.out_features = self._build()
+        self.layers = nn.Sequential(*layers)
+
+    @abstractmethod
+    def _build(self) -> tuple[list[nn.Module], int]:
+        """Return layers from (N, *x_shape) to (N, width), and the width."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x (*B, *x_shape) to features (*B, out_features)."""
+        if tuple(x.shape[-len(self.x_shape) :]) != self.x_shape:
+            raise InputError(
+                f"{type(self).__name__} expects x of shape (*B, *{self.x_shape}); got "
+                f"{tuple(x.shape)}. Reshape x, or build the encoder for the x_shape of the data"
+            )
+        return over_leading(self.layers, x, len(self.x_shape))
+
+
+class Decoder(Network):
+    """A network from z (*B, D) to the params of a likelihood, (*B, *out_shape), unconstrained.
+
+    `hidden` lists the widths of the encoder that it mirrors, so it is used in reverse. To write
+    one, build the layers for rows: (N, D) -> (N, ...) with prod(out_shape) numbers in each row.
+    Raises InputError for an out_shape the network cannot make, and for z of another dimension.
+    """
+
+    def __init__(
+        self,
+        latent_dim: int,
+        out_shape: Shape,
+        hidden: Sequence[int] | None = None,
+        activation: str | None = None,
+    ) -> None:
+        super().__init__(hidden, activation)
+        self.latent_dim = checked_count(latent_dim, "latent_dim (--latent-dim)")
+        self.out_shape = checked_sizes(out_shape, "out_shape", least=1)
+        self.layers = nn.Sequential(*self._build())
+
+    @abstractmethod
+    def _build(self) -> list[nn.Module]:
+        """Return layers from (N, latent_dim) to N rows of prod(out_shape) numbers."""
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Map z (*B, D) to params (*B, *out_shape)."""
+        if z.shape[-1:] != (self.latent_dim,):
+            raise InputError(
+                f"{type(self).__name__} expects z of shape (*B, {self.latent_dim}); got "
+                f"{tuple(z.shape)}. Give prior, posterior and decoder the same latent_dim"
+            )
+        return over_leading(self.layers, z, 1).reshape(*z.shape[:-1], *self.out_shape)
+
+
+class _Dense(Network):
+    def stack(self, sizes: Sequence[int]) -> list[nn.Module]:
+        if self.activation is None:
+            return list(starmap(GatedLinear, pairwise(sizes)))
+        return dense_layers(sizes, self.activation)
+
+
+class _DenseEncoder(_Dense, Encoder):
+    def _build(self) -> tuple[list[nn.Module], int]:
+        sizes = (prod(self.x_shape), *self.hidden)
+        return [nn.Flatten(), *self.stack(sizes)], sizes[-1]
+
+
+class _DenseDecoder(_Dense, Decoder):
+    def _build(self) -> list[nn.Module]:
+        sizes = (self.latent_dim, *self.hidden[::-1])
+        last = nn.Linear(sizes[-1], prod(self.out_shape))
+        return [*self.stack(sizes), initialised(last, SMALL_GAIN)]
+
+
+class _Convolutional(Network):
+    """Each layer halves H and W while both are even; `residual` adds a block to each layer."""
+
+    side: ClassVar[int | None] = None
+    residual: ClassVar[bool] = False
+    dense_features: ClassVar[int] = 256
+
+    def takes(self, height: int, width: int) -> bool:
+        """Whether the network can take images of this size."""
+        if self.side is not None:
+            return (height, width) == (self.side, self.side)
+        return height % 4 == 0 and width % 4 == 0
+
+    def pyramid(self, height: int, width: int) -> list[tuple[int, int]]:
+        """List H, W of the image, then after each layer."""
+        sides = [(height, width)]
+        for _ in self.hidden:
+            if height % 2 == 0 and width % 2 == 0 and min(height, width) > 2:
+                height, width = height // 2, width // 2
+            sides.append((height, width))
+        return sides
+
+    def module(self) -> nn.Module:
+        return activation_named(self.activation or "").module()
+
+    def stage(self, resize: type[nn.Module], before: int, after: int, same: bool) -> nn.Module:
+        layer = nn.Conv2d(before, after, 3, 1, 1) if same else resize(before, after, 4, 2, 1)
+        return initialised(layer, activation_named(self.activation or "").gain)
+
+
+class _ConvEncoder(_Convolutional, Encoder):
+    def _build(self) -> tuple[list[nn.Module], int]:
+        channels, height, width = self.image(self.x_shape)
+        sides, widths = self.pyramid(height, width), (channels, *self.hidden)
+        layers: list[nn.Module] = []
+        for (big, small), (before, after) in zip(pairwise(sides), pairwise(widths), strict=True):
+            layers.append(self.stage(nn.Conv2d, before, after, big == small))
+            if self.residual:
+                layers.append(ResidualBlock(after, str(self.activation)))
+            layers.append(self.module())
+        flat = (widths[-1] * prod(sides[-1]), self.dense_features)
+        layers += [nn.Flatten(), *dense_layers(flat, str(self.activation))]
+        return layers, self.dense_features
+
+
+class _ConvDecoder(_Convolutional, Decoder):
+    def _build(self) -> list[nn.Module]:
+        channels, height, width = self.image(self.out_shape)
+        sides, widths = self.pyramid(height, width)[::-1], (*self.hidden[::-1], channels)
+        flat = (self.latent_dim, self.dense_features, widths[0] * prod(sides[0]))
+        layers = dense_layers(flat, str(self.activation))
+        layers.append(nn.Unflatten(1, (widths[0], *sides[0])))
+        for (small, big), (before, after) in zip(pairwise(sides), pairwise(widths), strict=True):
+            if self.residual:
+                layers += [ResidualBlock(before, str(self.activation)), self.module()]
+            layers += [self.stage(nn.ConvTranspose2d, before, after, big == small), self.module()]
+        # The last convolution gives the params themselves: no activation, and a small start.
+        initialised(layers[-2], SMALL_GAIN)
+        return layers[:-1]
+
+
+class _MLP(Network):
+    summary = "dense layers"
+    default_hidden = (200, 200)
+    default_activation = "tanh"
+
+
+class _GatedMLP(Network):
+    summary = "gated dense layers, as in the VampPrior paper"
+    default_hidden = (300, 300)
+
+
+class _Conv28(_Convolutional):
+    summary = "strided convolutions for 28x28 images"
+    x_shapes = "(C, 28, 28)"
+    side = 28
+    default_hidden = (32, 64)
+    default_activation = "relu"
+
+
+class _Conv64(_Convolutional):
+    summary = "strided convolutions for 64x64 images"
+    x_shapes = "(C, 64, 64)"
+    side, dense_features = 64, 512
+    default_hidden = (32, 64, 128, 256)
+    default_activation = "relu"
+
+
+class _Residual(_Convolutional):
+    summary = "residual convolutions for images with sides divisible by 4"
+    x_shapes = "(C, 4i, 4j)"
+    residual = True
+    default_hidden = (32, 64, 64)
+    default_activation = "silu"
+
+
+class MLPEncoder(_MLP, _DenseEncoder):
+    """Dense layers, h = f(W h + b), one for each width in `hidden`; () only flattens x.
+
+    >>> MLPEncoder((1, 28, 28), hidden=(300, 100), activation="relu")(torch.rand(1, 28, 28)).shape
+    torch.Size([100])
+    """
+
+
+class MLPDecoder(_MLP, _DenseDecoder):
+    """The mirror of MLPEncoder, then a linear layer; hidden=() is the linear decoder W z + b.
+
+    >>> MLPDecoder(50, (2, 1, 28, 28))(torch.zeros(7, 50)).shape
+    torch.Size([7, 2, 1, 28, 28])
+    """
+
+
+class GatedMLPEncoder(_GatedMLP, _DenseEncoder):
+    """Gated dense layers, h = (W h + b) * sigmoid(V h + c); the gate is the activation.
+
+    Source: Tomczak and Welling, VAE with a VampPrior (2018), https://arxiv.org/abs/1705.07120
+
+    >>> GatedMLPEncoder((1, 8, 8))(torch.rand(4, 1, 8, 8)).shape
+    torch.Size([4, 300])
+    """
+
+
+class GatedMLPDecoder(_GatedMLP, _DenseDecoder):
+    """The mirror of GatedMLPEncoder, then a linear layer.
+
+    >>> GatedMLPDecoder(40, (1, 1, 8, 8))(torch.zeros(40)).shape
+    torch.Size([1, 1, 8, 8])
+    """
+
+
+class Conv28Encoder(_Conv28, _ConvEncoder):
+    """Convolutions for 28x28 images (28 -> 14 -> 7), then a dense layer.
+
+    >>> Conv28Encoder((1, 28, 28))(torch.rand(5, 1, 28, 28)).shape
+    torch.Size([5, 256])
+    """
+
+
+class Conv28Decoder(_Conv28, _ConvDecoder):
+    """The mirror of Conv28Encoder.
+
+    >>> Conv28Decoder(32, (1, 1, 28, 28))(torch.zeros(5, 32)).shape
+    torch.Size([5, 1, 1, 28, 28])
+    """
+
+
+class Conv64Encoder(_Conv64, _ConvEncoder):
+    """Four convolutions for 64x64 images (64 -> 32 -> 16 -> 8 -> 4), then a dense layer.
+
+    >>> Conv64Encoder((3, 64, 64))(torch.rand(2, 3, 64, 64)).shape
+    torch.Size([2, 512])
+    """
+
+
+class Conv64Decoder(_Conv64, _ConvDecoder):
+    """The mirror of Conv64Encoder.
+
+    >>> Conv64Decoder(128, (1, 3, 64, 64))(torch.zeros(2, 128)).shape
+    torch.Size([2, 1, 3, 64, 64])
+    """
+
+
+class ResidualEncoder(_Residual, _ConvEncoder):
+    """Convolutions that halve H and W while they can, each before a residual block; then dense.
+
+    Source: He, Zhang, Ren and Sun, Identity Mappings in Deep Residual Networks (2016),
+    https://arxiv.org/abs/1603.05027
+
+    >>> ResidualEncoder((3, 32, 32))(torch.rand(2, 3, 32, 32)).shape
+    torch.Size([2, 256])
+    """
+
+
+class ResidualDecoder(_Residual, _ConvDecoder):
+    """The mirror of ResidualEncoder: each block before a convolution that doubles H and W.
+
+    >>> ResidualDecoder(64, (30, 32, 32))(torch.zeros(2, 64)).shape
+    torch.Size([2, 30, 32, 32])
+    """
+
+
+class Pair(NamedTuple):
+    """An encoder and the decoder that mirrors it."""
+
+    encoder: type[Encoder]
+    decoder: type[Decoder]
+
+
+REGISTRY: dict[str, Pair] = {
+    "mlp": Pair(MLPEncoder, MLPDecoder),
+    "gated-mlp": Pair(GatedMLPEncoder, GatedMLPDecoder),
+    "conv28": Pair(Conv28Encoder, Conv28Decoder),
+    "conv64": Pair(Conv64Encoder, Conv64Decoder),
+    "residual": Pair(ResidualEncoder, ResidualDecoder),
+}

@@ -8,10 +8,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pyrovae.config import load
     from pyrovae.errors import InputError
     from pyrovae.evaluation import Evaluation, evaluate
     from pyrovae.importance import log_weights
-    from pyrovae.runs import load
     from pyrovae.training import fit
     from pyrovae.vae import VAE
 
@@ -24,13 +24,29 @@ _HOME = {
     "InputError": "errors",
     "evaluate": "evaluation",
     "fit": "training",
-    "load": "runs",
+    "load": "config",
     "log_weights": "importance",
 }
 _MODULES = (
-    "cli config data diagnostics distributions errors evaluation importance likelihoods networks "
-    "objectives plots posteriors priors runs training vae"
-).split()
+    "cli",
+    "config",
+    "data",
+    "diagnostics",
+    "distributions",
+    "errors",
+    "evaluation",
+    "importance",
+    "likelihoods",
+    "networks",
+    "objectives",
+    "optimizers",
+    "plots",
+    "posteriors",
+    "priors",
+    "runs",
+    "training",
+    "vae",
+)
 
 
 def __getattr__(name: str) -> Any:

@@ -6,7 +6,9 @@ line: expected, got, remedy), 130 and 143 after Ctrl-C and SIGTERM, with the tra
 
 import argparse
 import dataclasses
+import errno
 import json
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -26,6 +28,8 @@ class _Parser(argparse.ArgumentParser):
         super().__init__(
             allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs
         )
+        # Before Python 3.14 argparse takes -1e-3 and -inf for flags, and says so confusingly.
+        self._negative_number_matcher = re.compile(r"-(\d|\.\d|inf|nan)", re.IGNORECASE)
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message} (see {self.prog} --help)")
@@ -130,7 +134,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = build_parser()
     commands = parser._subparsers._group_actions[0].choices or {}  # type: ignore[union-attr]
     if argv and not argv[0].startswith("-") and argv[0] not in commands:
-        raise InputError(cfg.unknown_name("pyrovae", argv[0], list(commands)))
+        near = cfg.did_you_mean(argv[0], commands)
+        raise InputError(
+            f"there is no command {argv[0]!r}{near}; choose from {', '.join(commands)}"
+        )
     args, extra = parser.parse_known_args(argv)
     if extra:
         known = list(dict(commands)[args.command]._option_string_actions)
@@ -164,6 +171,14 @@ def _from_text(f: "dataclasses.Field[Any]", text: Any) -> Any:
     return number(flag, text, kind)
 
 
+def seed(text: str) -> int:
+    """The value of --seed."""
+    value: int = number("--seed", text, least=0)
+    if value > cfg.LARGEST_SEED:
+        raise InputError(f"--seed must be at most {cfg.LARGEST_SEED}, got {text}")
+    return value
+
+
 def number(flag: str, text: str, kind: type = int, least: float | None = None) -> Any:
     """Text as a number of a kind (or as it is, for str); InputError naming the flag."""
     try:
@@ -180,12 +195,17 @@ def _pair(flag: str, text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not equals or not name or not value:
         raise InputError(f"{flag} expects KEY=VALUE, got {text!r}; for example scale=learned")
+    values = [_plain(part) for part in value.split(",") if part]
+    return name.replace("-", "_"), values if "," in value else values[0]
+
+
+def _plain(text: str) -> Any:
     for kind in (int, float):
         try:
-            return name.replace("-", "_"), kind(value)
+            return kind(text)
         except ValueError:
             pass
-    return name.replace("-", "_"), {"true": True, "false": False}.get(value.lower(), value)
+    return {"true": True, "false": False}.get(text.lower(), text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -204,7 +224,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail("interrupted", 130)
     except OSError as error:
         name = f" {error.filename}" if error.filename else ""
-        return _fail(f"cannot use{name}: {error.strerror or error}", 1)
+        # A path that cannot be used is a mistake of the command; a full disk is not.
+        typed = error.errno in (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.EROFS)
+        return _fail(f"cannot use{name}: {error.strerror or error}", 2 if typed else 1)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, MemoryError) or re.search(r"out of memory|alloc.*memory", str(error)):
+            return _fail(
+                "the memory of this machine does not suffice; try a smaller --batch-size, "
+                "--num-particles or network",
+                1,
+            )
+        raise
 
 
 def _fail(message: object, status: int) -> int:

@@ -2,11 +2,12 @@
 
 import argparse
 import dataclasses
-import os
+import math
 import shlex
 import shutil
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ import torch
 
 from pyrovae import config as cfg
 from pyrovae import data, likelihoods, networks, objectives, plots, posteriors, priors, runs
-from pyrovae.cli import INFO, number, say, settings, show
+from pyrovae.cli import INFO, number, say, seed, settings, show
 from pyrovae.errors import InputError
 from pyrovae.evaluation import Evaluation
 from pyrovae.evaluation import evaluate as run_evaluation
@@ -29,6 +30,8 @@ from pyrovae.vae import VAE
 def train(args: argparse.Namespace) -> int:
     """``pyrovae train``: check everything, then train, evaluate and draw pictures."""
     given = settings(args, cfg.TrainConfig)
+    if args.out == "":
+        raise InputError("--out expects a directory, got an empty name; leave it out for runs/...")
     if args.resume and args.overwrite:
         raise InputError("--resume continues a run and --overwrite replaces it; give one of them")
     if args.resume:
@@ -45,7 +48,9 @@ def train(args: argparse.Namespace) -> int:
         _check_same_data(run, dataset)
     if args.dry_run:
         return _dry_run(config, dataset, vae, device)
-    if not args.resume:
+    if args.resume:
+        run.write_json("config.json", dataclasses.asdict(config))
+    else:
         _start(run, config, dataset, device)
 
     say(f"data      {dataset.protocol}", args.quiet)
@@ -121,13 +126,24 @@ def _resumed(args: argparse.Namespace, given: dict[str, Any]) -> tuple[Run, cfg.
             f"the {stored.schedule} schedule of this run was planned for {stored.epochs} epochs, so "
             "--epochs cannot change; next time, plan with --schedule-epochs"
         )
+    # All read now, so that damage is refused before anything is said or written.
+    with cfg.naming(run.path / "metrics.jsonl"):
+        run.read_metrics()
+    done = runs.load_checkpoint(run.last).get("state", {}).get("epoch", 0)
+    if run.best.exists():
+        runs.load_checkpoint(run.best)
+    if config.epochs < done:
+        raise InputError(
+            f"--epochs is the total, and the run has {done} already; got {config.epochs}; give "
+            f"{done} or more"
+        )
     return run, config
 
 
 def _check_free(run: Run, overwrite: bool) -> None:
     if run.exists():
-        is_run = (run.path / "config.json").is_file()
-        if not run.path.is_dir() or not is_run:
+        # Other programs write a config.json too, and --overwrite must not touch their files.
+        if not all((run.path / name).is_file() for name in _RECORDS):
             raise InputError(
                 f"{run.path} exists and is not a run, so it was left alone; choose another --out"
             )
@@ -139,21 +155,31 @@ def _check_free(run: Run, overwrite: bool) -> None:
     parent = run.path
     while not parent.exists():
         parent = parent.parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise InputError(f"cannot write to {parent}; choose another --out")
+    _check_writable(parent)
+
+
+def _check_writable(folder: Path) -> None:
+    # The permission bits do not tell: root passes them on a read-only or a virtual file system.
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(f"cannot write to {folder}: {error.strerror}; choose another --out") from None
+
+
+_RECORDS = ("config.json", "environment.json", "data.json")
+_RESULTS = (
+    "metrics.jsonl",
+    "evaluation.json",
+    "samples.png",
+    "reconstructions.png",
+    "curves.png",
+)
 
 
 def _start(run: Run, config: cfg.TrainConfig, dataset: data.Data, device: torch.device) -> None:
-    for name in (
-        "config.json",
-        "environment.json",
-        "data.json",
-        "metrics.jsonl",
-        "evaluation.json",
-    ):
+    for name in _RESULTS:
         (run.path / name).unlink(missing_ok=True)
-    for picture in ("samples.png", "reconstructions.png", "curves.png"):
-        (run.path / picture).unlink(missing_ok=True)
     shutil.rmtree(run.path / "checkpoints", ignore_errors=True)
     run.write_json("config.json", dataclasses.asdict(config))
     run.write_json("environment.json", runs.environment(device, config.seed, runs.command_line()))
@@ -162,7 +188,7 @@ def _start(run: Run, config: cfg.TrainConfig, dataset: data.Data, device: torch.
 
 
 def _check_same_data(run: Run, dataset: data.Data) -> None:
-    stored = data.Protocol.from_dict(run.read_json("data.json")["protocol"])
+    _, stored = cfg.run_data(run)
     if stored != dataset.protocol:
         reason = stored.why_not_comparable(dataset.protocol) or "the split sizes differ"
         raise InputError(
@@ -172,8 +198,6 @@ def _check_same_data(run: Run, dataset: data.Data) -> None:
 
 
 def _dry_run(config: cfg.TrainConfig, dataset: data.Data, vae: VAE, device: torch.device) -> int:
-    from pyro.infer import SVI  # noqa: F401  (the same import cost as the real run)
-
     history = fit(
         vae,
         data.Data(
@@ -251,8 +275,9 @@ def sample(args: argparse.Namespace) -> int:
     """``pyrovae sample``: a sheet of images drawn from the model."""
     count = number("--num-samples", args.num_samples, least=1)
     out = _picture_path(args.out)
+    draws = seed(args.seed)
     vae = cfg.load(args.run, device=str(resolve_device(args.device)))
-    x = vae.generate(count, mean=args.mean, seed=number("--seed", args.seed, least=0))
+    x = vae.generate(count, mean=args.mean, seed=draws)
     plots.save(plots.samples(x), out)
     show(str(out))
     return 0
@@ -264,13 +289,14 @@ def reconstruct(args: argparse.Namespace) -> int:
     out = _picture_path(args.out)
     if args.split not in cfg.NAMES["split"]:
         raise InputError(cfg.unknown_name("--split", args.split, cfg.NAMES["split"]))
+    draws = seed(args.seed)
     run = Run(args.run)
     vae = cfg.load(run, device=str(resolve_device(args.device)))
     split = getattr(_data_of(run, args.data_root), args.split).head(count)
-    seed = number("--seed", args.seed, least=0)
-    x = split.tensor(torch.Generator().manual_seed(seed))
-    again = vae.reconstruct(x.to(next(vae.parameters()).device), mean=not args.mean, seed=seed)
-    plots.save(plots.reconstructions(x, again), out)
+    x = split.tensor(torch.Generator().manual_seed(draws))
+    again = vae.reconstruct(x.to(next(vae.parameters()).device), mean=args.mean, seed=draws)
+    columns = max(8, math.isqrt(len(x)))
+    plots.save(plots.reconstructions(x, again, columns), out)
     show(str(out))
     return 0
 
@@ -279,8 +305,9 @@ def _picture_path(name: str) -> Path:
     path = Path(name)
     if path.suffix.lower() != ".png":
         raise InputError(f"--out expects a file ending in .png, got {name!r}")
-    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise InputError(f"cannot write {name}: check that its folder exists and is writable")
+    if path.is_dir() or not path.parent.is_dir():
+        raise InputError(f"cannot write {name}: its folder must exist; check --out")
+    _check_writable(path.parent)
     return path
 
 
@@ -339,10 +366,11 @@ def _listing(topic: str) -> str:
 
 def _run_facts(run: Run) -> str:
     config = cfg.run_config(run)
-    protocol = data.Protocol.from_dict(run.read_json("data.json")["protocol"])
+    _, protocol = cfg.run_data(run)
     vae = cfg.load(run)
-    metrics = run.read_metrics()
-    best = max(metrics, key=lambda m: m["valid_elbo"], default=None)
+    with cfg.naming(run.path / "metrics.jsonl"):
+        metrics = run.read_metrics()
+        best = max(metrics, key=lambda m: m["valid_elbo"], default=None)
     rows = [
         ("protocol", str(protocol)),
         ("model", _describe(config, vae)),
@@ -353,14 +381,11 @@ def _run_facts(run: Run) -> str:
         rows.append(("best", f"epoch {best['epoch']}, validation ELBO {best['valid_elbo']:.3f}"))
     if (run.path / "evaluation.json").is_file():
         e = run.read_json("evaluation.json")
-        error = "" if e["log_likelihood_se"] is None else f" ± {e['log_likelihood_se']:.3f}"
-        rows.append(
-            (
-                "evaluation",
-                f"log p(x) {e['log_likelihood']:.3f}{error} nats per image, K = "
-                f"{e['num_particles']}, {e['num_images']:,} images of {e['split']}",
-            )
-        )
+        with cfg.naming(run.path / "evaluation.json"):
+            error = "" if e["log_likelihood_se"] is None else f" ± {e['log_likelihood_se']:.3f}"
+            text = f"log p(x) {e['log_likelihood']:.3f}{error} nats per image, K = "
+            text += f"{e['num_particles']}, {e['num_images']:,} images of {e['split']}"
+        rows.append(("evaluation", text))
     return "\n".join(f"{name:<11} {value}" for name, value in rows)
 
 

@@ -10,7 +10,8 @@ import os
 import tomllib
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
     from pyro.infer import ELBO
 
-    from pyrovae.data import Data
+    from pyrovae.data import Data, Protocol
     from pyrovae.runs import Run
     from pyrovae.vae import VAE
 
@@ -67,6 +68,9 @@ NAMES: dict[str, tuple[str, ...]] = {
 
 Options = dict[str, Any]
 
+# What NumPy's generators take, which draw the split.
+LARGEST_SEED = 2**32 - 1
+
 # Training images offered to a VampPrior to start its pseudo-inputs from.
 _INITIAL_IMAGES = 5000
 
@@ -77,6 +81,7 @@ def _setting(
     *,
     names: str | None = None,
     least: float | None = None,
+    most: float | None = None,
     above: float | None = None,
     below: float | None = None,
     metavar: str | None = None,
@@ -86,6 +91,7 @@ def _setting(
         "help": help,
         "names": names,
         "least": least,
+        "most": most,
         "above": above,
         "below": below,
         "metavar": metavar,
@@ -122,7 +128,11 @@ class TrainConfig:
         group="data",
     )
     data_seed: int = _setting(
-        0, "seed of the split and of whatever is sampled once", least=0, group="data"
+        0,
+        "seed of the split and of whatever is sampled once",
+        least=0,
+        most=LARGEST_SEED,
+        group="data",
     )
     valid_size: int | None = _setting(
         None, "images kept for validation (default: the data set's own)", least=1, group="data"
@@ -185,7 +195,9 @@ class TrainConfig:
     patience: int | None = _setting(
         None, "stop after so many epochs without a better validation ELBO", least=1
     )
-    seed: int = _setting(0, "of initial weights, data order and draws", least=0)
+    seed: int = _setting(
+        0, "of initial weights, data order and draws", least=0, most=LARGEST_SEED
+    )
     device: str = _setting("auto", "auto, cpu, cuda, cuda:1")
     final_particles: int = _setting(
         100, "K of the evaluation on the test split at the end; 0: none", least=0
@@ -203,7 +215,7 @@ class EvaluateConfig:
     num_particles: int = _setting(1000, "K, draws of z per image", least=1)
     split: str = _setting("test", "train, valid or test", names="split")
     limit: int | None = _setting(None, "only the first N images", least=1, metavar="N")
-    seed: int = _setting(0, "of the draws", least=0)
+    seed: int = _setting(0, "of the draws", least=0, most=LARGEST_SEED)
     device: str = _setting("auto", "auto, cpu, cuda, cuda:1")
     data_root: str | None = _setting(
         None, "folder of the data, if it has moved since training", metavar="DIR"
@@ -235,8 +247,8 @@ def make(cls: type[C], values: Mapping[str, Any]) -> C:
     for name in values:
         if name not in known:
             raise InputError(
-                f"unknown setting {name!r}{did_you_mean(name, known)}; settings are the flags of "
-                "the command, with _ or -"
+                f"unknown setting {name!r}{did_you_mean(name, known)}; settings are flags such as "
+                "batch_size; --out, --resume and the like are given on the command line alone"
             )
     return cls(**{name: _checked(known[name], value) for name, value in values.items()})
 
@@ -267,6 +279,8 @@ def _element(f: "dataclasses.Field[Any]", flag: str, kind: type, value: Any) -> 
         raise InputError(f"{flag} expects a finite number, got {value}")
     if limits["least"] is not None and value < limits["least"]:
         raise InputError(f"{flag} must be at least {limits['least']:g}, got {value}")
+    if limits["most"] is not None and value > limits["most"]:
+        raise InputError(f"{flag} must be at most {limits['most']}, got {value}")
     if limits["above"] is not None and value <= limits["above"]:
         raise InputError(f"{flag} must be above {limits['above']:g}, got {value}")
     if limits["below"] is not None and value >= limits["below"]:
@@ -344,7 +358,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
                     "has not; use --objective elbo"
                 )
     if config.objective == "iwae":
-        for name, default in (("beta", 1.0), ("free_bits", 0.0)):
+        for name, default in (("beta", 1.0), ("kl_warmup", 0.0), ("free_bits", 0.0)):
             if getattr(config, name) != default:
                 flag = "--" + name.replace("_", "-")
                 raise InputError(
@@ -440,6 +454,13 @@ def _construct(
                 f"{flag}-args: {cls.__name__} has no option {name!r}{did_you_mean(name, known)}; "
                 f"{options}"
             )
+    # One width is written hidden=64, and is a tuple of one.
+    options = _options(cls)
+    several = {name for name in given if isinstance(options[name].default, tuple)}
+    given = {
+        name: (value,) if name in several and not isinstance(value, (list, tuple)) else value
+        for name, value in given.items()
+    }
     try:
         return cls(*first, **given, **fixed)
     except (TypeError, ValueError) as error:
@@ -450,7 +471,28 @@ def _construct(
 
 def run_config(run: "Run") -> TrainConfig:
     """The configuration a run was trained with."""
-    return make(TrainConfig, run.read_json("config.json"))
+    settings = run.read_json("config.json")
+    with naming(run.path / "config.json"):
+        return make(TrainConfig, settings)
+
+
+def run_data(run: "Run") -> "tuple[tuple[int, ...], Protocol]":
+    """The shape of x and the protocol of the data a run was trained on."""
+    from pyrovae.data import Protocol
+
+    facts = run.read_json("data.json")
+    with naming(run.path / "data.json"):
+        return tuple(facts["x_shape"]), Protocol.from_dict(facts["protocol"])
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Turn an error met in the content of a file into one line that names the file."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError) as error:
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+        raise InputError(f"{path} is damaged or edited: {reason}; restore it from a copy") from None
 
 
 def load(run: "Run | str | os.PathLike[str]", *, device: str = "cpu") -> "VAE":
@@ -460,19 +502,17 @@ def load(run: "Run | str | os.PathLike[str]", *, device: str = "cpu") -> "VAE":
         InputError: if the directory is not a run, or its checkpoint cannot be read.
     """
     from pyrovae import training
-    from pyrovae.data import Protocol
     from pyrovae.runs import Run, load_checkpoint
 
     run = run if isinstance(run, Run) else Run(run)
     config = run_config(run)
-    facts = run.read_json("data.json")
-    levels = Protocol.from_dict(facts["protocol"]).levels
-    vae = _build(config, tuple(facts["x_shape"]), levels, None)
+    x_shape, protocol = run_data(run)
+    vae = _build(config, x_shape, protocol.levels, None)
     checkpoint = run.best if run.best.exists() else run.last
     where = training.resolve_device(device)
     try:
         vae.load_state_dict(load_checkpoint(checkpoint, where)["model"])
-    except RuntimeError as error:
+    except (KeyError, TypeError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:160]
         raise InputError(f"{checkpoint} does not fit config.json ({reason})") from None
     return vae.to(where).eval()

@@ -1,4 +1,4 @@
-"""How good is a model: the importance-weighted log-likelihood of a split, and what lies behind it."""
+"""How good is a model: importance-weighted log p(x) of a split, and what lies behind it."""
 
 import math
 import time
@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pyrovae import importance
 from pyrovae.data import Split
@@ -97,11 +97,9 @@ class Evaluation(NamedTuple):
         ]
         return "\n".join(f"{name:<18} {value}" for name, value in rows)
 
-    __repr__ = __str__
-
 
 def evaluate(
-    vae: nn.Module,
+    vae: importance.Programs,
     split: Split,
     num_particles: int = 1000,
     *,
@@ -117,8 +115,7 @@ def evaluate(
     alone. No handler around the programs, such as a KL weight, can enter.
 
     Args:
-        vae: a `pyrovae.VAE`, or any module with ``model(x)``, ``guide(x)`` and a ``likelihood``
-            that knows its kind.
+        vae: a `pyrovae.VAE`, or any other `importance.Programs`.
         split: such as ``data.test``; sampled once, so that two models see the same x.
         num_particles: K >= 1.
         seed: of the draws of z.
@@ -141,7 +138,7 @@ def evaluate(
     model, guide, likelihood = vae.model, vae.guide, vae.likelihood
     here = next((p.device for p in vae.parameters()), torch.device("cpu"))
     x = split.tensor()
-    likelihood.check(x)  # type: ignore[operator, union-attr]
+    likelihood.check(x)
 
     chosen = importance.plan(model, guide, x[:1].to(here), num_particles, memory)
     batches = []

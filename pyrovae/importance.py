@@ -6,15 +6,15 @@ lie in a plate over the images at dim -1; it never asks for a VAE.
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import pyro
 import torch
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, MultivariateNormal, Normal
 from torch.distributions import TransformedDistribution as Transformed
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,6 +22,39 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pyrovae.errors import InputError
 
 Program = Callable[[Tensor], Any]
+
+
+class Programs(Protocol):
+    """A module with a generative program ``model(x)`` and an inference program ``guide(x)``.
+
+    A `pyrovae.VAE` is one. ``likelihood`` knows its ``kind`` and can ``check(x)``.
+    """
+
+    @property
+    def likelihood(self) -> Any:
+        """The likelihood of x."""
+
+    def model(self, x: Tensor) -> Any:
+        """Sample the latent and observe x (B, *x_shape), in a plate at dim -1."""
+
+    def guide(self, x: Tensor) -> Any:
+        """Sample the latent given x (B, *x_shape), in a plate at dim -1."""
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """As of torch.nn.Module."""
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """As of torch.nn.Module."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """As of torch.nn.Module."""
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> Any:
+        """As of torch.nn.Module."""
+
+    def to(self, device: torch.device | str) -> Any:
+        """As of torch.nn.Module."""
+
 
 # Noise belongs to an image and a particle, whatever chunk they are computed in. It is drawn in
 # blocks of this many images by this many particles, each with a seed of its own: large enough

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pyrovae.errors import InputError
 
-OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
+OPTIMIZERS: dict[str, Any] = {
     "adam": torch.optim.Adam,
     "adamw": torch.optim.AdamW,
     "adamax": torch.optim.Adamax,
@@ -46,11 +46,13 @@ class WholeModelOptimizer(PyroOptim):
             raise InputError(f"optimizer must be one of {', '.join(OPTIMIZERS)}; got {name!r}")
         self.named = {n: p for n, p in named_parameters if p.requires_grad}
         # SVI's base class reads and saves this mapping; it stays empty.
-        self.optim_objs = {}
+        self.optim_objs: dict[Any, Any] = {}
         options: dict[str, Any] = {"weight_decay": weight_decay}
         if name != "adamax":
             options["fused"] = True
-        self.optimizer = OPTIMIZERS[name](list(self.named.values()), lr=1e-3, **options)
+        self.optimizer: torch.optim.Optimizer = OPTIMIZERS[name](
+            list(self.named.values()), lr=1e-3, **options
+        )
         self.clip_norm = clip_norm
         self.images = 1
         self._applied = True

@@ -105,7 +105,7 @@ class Run:
 
 def environment(device: torch.device, seed: int, command: list[str]) -> dict[str, Any]:
     """Versions, device, seed and command: what is needed to explain a number later."""
-    packages = {}
+    packages: dict[str, str | None] = {}
     for name in ("torch", "torchvision", "pyro-ppl", "numpy", "arviz"):
         try:
             packages[name] = version(name)

@@ -1,28 +1,22 @@
 """Training by stochastic variational inference: `fit`, the loop around `pyro.infer.SVI`."""
 
-import hashlib
 import math
 import os
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
-import pyro
 import torch
-from pyro import poutine
 from pyro.infer import ELBO, SVI
-from torch import Tensor, nn
 
-from pyrovae import importance, objectives
+from pyrovae import objectives
 from pyrovae.data import Data
-from pyrovae.errors import InputError, NonFiniteLossError
+from pyrovae.errors import InputError
+from pyrovae.importance import Programs
+from pyrovae.loop import Loop, Metrics, State, average_weights, copy_weights, scoped_globals
 from pyrovae.optimizers import WholeModelOptimizer, learning_rate
-from pyrovae.runs import Run, load_checkpoint, save_checkpoint
-
-Metrics = dict[str, Any]
+from pyrovae.runs import Run
 
 
 class History(NamedTuple):
@@ -38,21 +32,8 @@ class History(NamedTuple):
     """Why training ended: "epochs", "patience" or "interrupted"."""
 
 
-@dataclass
-class _State:
-    """Where training stands; with weights, optimiser and random streams, all of a checkpoint."""
-
-    epoch: int = 0  # epochs completed
-    step: int = 0  # steps completed
-    step_in_epoch: int = 0
-    loss_sum: float = 0.0  # over the images of the epoch in progress
-    best_epoch: int = 0
-    best_elbo: float = -math.inf
-    seconds: float = 0.0
-
-
 def fit(
-    vae: nn.Module,
+    vae: Programs,
     data: Data,
     *,
     objective: ELBO | None = None,
@@ -125,9 +106,9 @@ def fit(
         check_data(likelihood, data)
 
     vae.to(device)
-    loop = _Loop(vae, data, device, run)
+    loop = Loop(vae, data, device, run)
     loop.optimizer = WholeModelOptimizer(vae.named_parameters(), optimizer, weight_decay, clip_norm)
-    loop.ema = _copy(vae) if ema is not None else None
+    loop.ema = copy_weights(vae) if ema is not None else None
     steps_per_epoch = -(-len(data.train) // batch_size)
     total_steps = (schedule_epochs or epochs) * steps_per_epoch
     weight = objectives.KLWeight(beta).to(device)
@@ -139,7 +120,7 @@ def fit(
     stopped = "epochs"
 
     with ExitStack() as scope:
-        scope.enter_context(_scoped_globals(device, seed))
+        scope.enter_context(scoped_globals(device, seed))
         if resume and run is not None:
             loop.restore(seed, batch_size)
             run.keep_metrics_through(loop.state.epoch)
@@ -161,7 +142,7 @@ def fit(
                 state.step += 1
                 state.step_in_epoch += 1
                 if loop.ema is not None and ema is not None:
-                    _average(loop.ema, vae, ema)
+                    average_weights(loop.ema, vae, ema)
                 bar.update(1)
                 if should_stop is not None and should_stop():
                     stopped = "interrupted"
@@ -184,188 +165,6 @@ def fit(
     if stopped != "interrupted":
         loop.load_best()
     return History(metrics_log, state.best_epoch, state.best_elbo, stopped)
-
-
-class _Loop:
-    """The parts of `fit` that share the training state."""
-
-    optimizer: WholeModelOptimizer
-    ema: dict[str, Tensor] | None
-
-    def __init__(self, vae: nn.Module, data: Data, device: torch.device, run: Run | None):
-        self.vae = vae
-        self.data = data
-        self.device = device
-        self.run = run
-        self.state = _State()
-        self.generator = torch.Generator()
-        self.best: dict[str, Tensor] | None = None
-        self._resumed_stream: Tensor | None = None
-        self._valid = data.valid.tensor()
-
-    def batches(self, seed: int, batch_size: int) -> Iterator[Tensor]:
-        """Indices of the epoch's remaining batches; its order is a function of (seed, epoch)."""
-        self.generator.manual_seed(_mix(seed, "data", self.state.epoch))
-        order = torch.randperm(len(self.data.train), generator=self.generator)
-        if self._resumed_stream is not None:
-            if self.state.step_in_epoch:
-                self.generator.set_state(self._resumed_stream)
-            self._resumed_stream = None
-        yield from order.split(batch_size)[self.state.step_in_epoch :]
-
-    def draw(self, index: Tensor) -> Tensor:
-        return self.data.train.batch(index, self.generator).to(self.device)
-
-    def step(self, svi: SVI, x: Tensor) -> float:
-        """One SVI step; returns the loss summed over the batch."""
-        stream = torch.get_rng_state()
-        try:
-            loss = float(svi.step(x))
-            self.optimizer.check_applied()
-        except FloatingPointError as error:
-            raise self._non_finite(svi, x, stream, str(error)) from None
-        if not math.isfinite(loss):
-            raise self._non_finite(svi, x, stream, f"the loss is {loss}")
-        return loss
-
-    def _non_finite(self, svi: SVI, x: Tensor, stream: Tensor, what: str) -> NonFiniteLossError:
-        torch.set_rng_state(stream)  # meet the same draws again
-        site = first_bad_site(svi.model, svi.guide, x)
-        saved = self.run is not None and self.run.last.exists()
-        good = (
-            f"the last good checkpoint is {self.run.last}"
-            if saved and self.run
-            else ("no checkpoint had been written")
-        )
-        return NonFiniteLossError(
-            f"training stopped at step {self.state.step + 1} (epoch {self.state.epoch + 1}): "
-            f"{what}; {site}; {good}; try a smaller --lr, or --clip-norm"
-        )
-
-    def end_epoch(self, seed: int) -> Metrics:
-        state = self.state
-        state.epoch += 1
-        state.step_in_epoch = 0
-        train_loss = state.loss_sum / len(self.data.train)
-        state.loss_sum = 0.0
-        with self._kept_weights():
-            terms = self._validate(seed)
-            if terms["valid_elbo"] > state.best_elbo:
-                state.best_elbo = terms["valid_elbo"]
-                state.best_epoch = state.epoch
-                self.best = _copy(self.vae)
-                if self.run is not None:
-                    save_checkpoint(self.run.best, self._checkpoint())
-        self.save_last()
-        return {
-            "epoch": state.epoch,
-            "step": state.step,
-            "seconds": round(state.seconds, 3),
-            "train_loss": train_loss,
-            **terms,
-        }
-
-    def _validate(self, seed: int) -> Metrics:
-        """ELBO, rate and distortion of the validation split with one particle and fixed noise."""
-        vae, x = self.vae, self._valid
-        batch = importance.plan(vae.model, vae.guide, x[:1].to(self.device), 1).images
-        rate = distortion = 0.0
-        for start in range(0, len(x), batch):
-            part = x[start : start + batch].to(self.device)
-            for terms in importance.chunks(
-                vae.model, vae.guide, part, 1, chunk=1, seed=_mix(seed, "valid"), first_image=start
-            ):
-                rate += float((terms.log_posterior - terms.log_prior).double().sum())
-                distortion -= float(terms.log_likelihood.double().sum())
-        n = len(x)
-        return {
-            "valid_elbo": -(rate + distortion) / n,
-            "valid_rate": rate / n,
-            "valid_distortion": distortion / n,
-        }
-
-    @contextmanager
-    def _kept_weights(self) -> Iterator[None]:
-        """Put the averaged weights, if there are any, in the VAE for a while."""
-        if self.ema is None:
-            yield
-            return
-        raw = _copy(self.vae)
-        _put(self.vae, self.ema)
-        try:
-            yield
-        finally:
-            _put(self.vae, raw)
-            self._raw = raw
-
-    def _checkpoint(self) -> dict[str, Any]:
-        return {
-            "model": self.vae.state_dict(),
-            "ema": self.ema,
-            "optimizer": self.optimizer.state_dict(),
-            "state": asdict(self.state),
-            "data_stream": self.generator.get_state(),
-            "torch_stream": torch.get_rng_state(),
-            "cuda_stream": torch.cuda.get_rng_state(self.device)
-            if self.device.type == "cuda"
-            else None,
-        }
-
-    def save_last(self) -> None:
-        if self.run is not None:
-            save_checkpoint(self.run.last, self._checkpoint())
-
-    def restore(self, seed: int, batch_size: int) -> None:
-        """Take up the run's last checkpoint: weights, optimiser, averages and random streams."""
-        assert self.run is not None
-        saved = load_checkpoint(self.run.last)
-        try:
-            self.vae.load_state_dict(saved["model"])
-            self.optimizer.load_state_dict(saved["optimizer"])
-            self.state = _State(**saved["state"])
-        except (KeyError, RuntimeError, TypeError, ValueError) as error:
-            reason = " ".join(str(error).split())[:160]
-            raise InputError(
-                f"{self.run.last} does not fit this VAE ({reason}); resume with the settings the "
-                "run was started with"
-            ) from None
-        if (self.ema is None) != (saved["ema"] is None):
-            raise InputError(f"{self.run.last} was trained with another --ema; resume with that")
-        if self.ema is not None:
-            self.ema = {name: t.to(self.device) for name, t in saved["ema"].items()}
-        if self.run.best.exists():
-            best = load_checkpoint(self.run.best, self.device)
-            self.best = best["model"]
-        self._resumed_stream = saved["data_stream"]
-        torch.set_rng_state(saved["torch_stream"])
-        if saved["cuda_stream"] is not None and self.device.type == "cuda":
-            torch.cuda.set_rng_state(saved["cuda_stream"], self.device)
-
-    def load_best(self) -> None:
-        if self.best is not None:
-            _put(self.vae, self.best)
-
-
-def first_bad_site(model: importance.Program, guide: importance.Program, x: Tensor) -> str:
-    """A phrase that names the first sample site with a non-finite value or log-probability."""
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        guide_trace = poutine.trace(guide).get_trace(x)
-        model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(x)
-        for where, trace in (("guide", guide_trace), ("model", model_trace)):
-            for name, site in trace.nodes.items():
-                if site["type"] != "sample" or poutine.util.site_is_subsample(site):
-                    continue
-                if not torch.isfinite(site["value"]).all():
-                    return f"site {name!r} of the {where} has a non-finite value"
-                log_prob = site["fn"].log_prob(site["value"])
-                bad = int((~torch.isfinite(log_prob)).sum())
-                if bad:
-                    return (
-                        f"site {name!r} of the {where} has a non-finite log-probability for "
-                        f"{bad} of {log_prob.numel()} entries"
-                    )
-    return "every site is finite, so the overflow is in the gradient"
 
 
 def check_data(likelihood: Any, data: Data) -> None:
@@ -429,24 +228,8 @@ def _warmup(step: int, warmup_steps: float) -> float:
 
 
 @contextmanager
-def _scoped_globals(device: torch.device, seed: int) -> Iterator[None]:
-    """Seeded streams, an empty parameter store and no validation, all put back at the end."""
-    devices = [device] if device.type == "cuda" else []
-    with (
-        torch.random.fork_rng(devices=devices),
-        pyro.get_param_store().scope(),
-        pyro.validation_enabled(False),
-        warnings.catch_warnings(),
-    ):
-        # Pyro warns of a NaN; here it becomes an error that says where.
-        warnings.filterwarnings("ignore", message="Encountered NaN")
-        torch.manual_seed(_mix(seed, "draws"))
-        yield
-
-
-@contextmanager
 def _progress_bar(
-    epochs: int, steps_per_epoch: int, state: _State, progress: bool | None
+    epochs: int, steps_per_epoch: int, state: State, progress: bool | None
 ) -> Iterator[Any]:
     from tqdm import tqdm
 
@@ -455,28 +238,3 @@ def _progress_bar(
     total, done = epochs * steps_per_epoch, state.step
     with tqdm(total=total, initial=done, disable=disable, unit="step", desc="train") as bar:
         yield bar
-
-
-def _mix(seed: int, *parts: object) -> int:
-    """A seed of its own for each purpose, so that streams do not run in step."""
-    key = "/".join(map(str, (seed, *parts))).encode()
-    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest()) >> 1
-
-
-def _copy(module: nn.Module) -> dict[str, Tensor]:
-    return {name: t.detach().clone() for name, t in module.state_dict().items()}
-
-
-@torch.no_grad()
-def _put(module: nn.Module, weights: dict[str, Tensor]) -> None:
-    for name, t in module.state_dict().items():
-        t.copy_(weights[name])
-
-
-@torch.no_grad()
-def _average(ema: dict[str, Tensor], module: nn.Module, decay: float) -> None:
-    for name, t in module.state_dict().items():
-        if t.is_floating_point():
-            ema[name].lerp_(t, 1 - decay)
-        else:
-            ema[name].copy_(t)

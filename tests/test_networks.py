@@ -66,7 +66,9 @@ def test_any_leading_shape_gives_the_same_rows(row: Row) -> None:
             result = network(value)
             assert result.shape == (*leading, *out)
             assert result.isfinite().all()
-            for one, expected in zip(value.reshape(n, *event), result.reshape(n, *out), strict=True):
+            for one, expected in zip(
+                value.reshape(n, *event), result.reshape(n, *out), strict=True
+            ):
                 # Alone or among others: also the proof that nothing is normalised over the batch.
                 torch.testing.assert_close(network(one), expected, rtol=1e-10, atol=1e-12)
 

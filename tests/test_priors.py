@@ -4,7 +4,6 @@ import copy
 import math
 
 import pyro
-import pyro.distributions as dist
 import pytest
 import torch
 from torch import nn
@@ -45,7 +44,7 @@ def build(name: str, latent_dim: int = 3, dtype: torch.dtype = torch.float64) ->
     if cls.needs_posterior:
         return vamp("mean-field", latent_dim, **ROWS[name])[0].to(dtype)
     prior = cls(latent_dim, **ROWS[name]).to(dtype)
-    stir(prior)
+    stir(prior, 0.15)
     return prior
 
 
@@ -165,12 +164,6 @@ def test_standard_normal() -> None:
 def test_mixture_is_the_weighted_sum() -> None:
     prior = build("mixture")
     z = torch.randn(7, 3, dtype=torch.float64)
-    scale = prior.log_scale.exp()
-    unit = (z.unsqueeze(1) - prior.loc) / scale
-    density = torch.exp(-0.5 * unit.square()) / (scale * math.sqrt(2 * math.pi))
-    expected = (prior.logits.softmax(0) * density.prod(-1)).sum(-1).log()
-    # The smooth limit moves a log_scale near 0 by less than its cube / (3 * 7^2).
-    torch.testing.assert_close(prior().log_prob(z), expected, rtol=2e-2, atol=2e-2)
     scale = (7 * torch.tanh(prior.log_scale / 7)).exp()
     unit = (z.unsqueeze(1) - prior.loc) / scale
     density = torch.exp(-0.5 * unit.square()) / (scale * math.sqrt(2 * math.pi))
@@ -307,8 +300,3 @@ def test_vamp_refuses_wrong_options() -> None:
         priors.VampPrior(posterior, X_SHAPE, components=0)
     with pytest.raises(InputError, match="x_shape expects"):
         priors.VampPrior(posterior, ())
-
-
-def test_component_distributions_are_plain() -> None:
-    assert isinstance(build("mixture")(), dist.MixtureSameFamily)
-    assert isinstance(build("vamp")(), dist.MixtureSameFamily)

@@ -1,0 +1,9 @@
+"""Shared by all tests: one thread a process keeps results repeatable and runs side by side fast."""
+
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("agg")
+sys.path.insert(0, str(Path(__file__).parent))

@@ -1,0 +1,361 @@
+"""`fit`: it learns, leaves nothing behind, resumes exactly, and says what went wrong."""
+
+import json
+import math
+import warnings
+
+import pyro
+import pytest
+import torch
+from tiny import tiny_config, tiny_data, tiny_vae
+from torch import nn
+
+import pyrovae as pv
+from pyrovae import config as cfg
+from pyrovae import objectives
+from pyrovae.errors import InputError, NonFiniteLossError
+from pyrovae.loop import State, copy_weights, first_bad_site
+from pyrovae.optimizers import OPTIMIZERS, WholeModelOptimizer, learning_rate
+from pyrovae.runs import Run, load_checkpoint
+from pyrovae.training import fit, resolve_device
+
+
+def weights(vae):
+    return copy_weights(vae)
+
+
+def assert_equal(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+def test_loss_falls_and_the_best_weights_are_kept():
+    vae, data = tiny_vae()
+    history = fit(vae, data, epochs=12, batch_size=8, lr=1e-2)
+    elbos = [m["valid_elbo"] for m in history.metrics]
+    assert history.metrics[-1]["train_loss"] < history.metrics[0]["train_loss"] - 0.5
+    assert history.best_elbo == max(elbos)
+    assert history.best_epoch == 1 + elbos.index(max(elbos))
+    assert history.stopped == "epochs"
+    assert [m["epoch"] for m in history.metrics] == list(range(1, 13))
+    again = fit(vae, data, epochs=1, batch_size=8, lr=1e-30)  # validates the weights as they are
+    assert again.best_elbo == pytest.approx(history.best_elbo, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_moves_every_parameter(name):
+    vae, data = tiny_vae()
+    before = weights(vae)
+    fit(vae, data, epochs=1, optimizer=name, weight_decay=1e-3)
+    assert all(not torch.equal(p, before[n]) for n, p in vae.named_parameters())
+
+
+def test_two_vaes_in_one_process_both_train():
+    a, data = tiny_vae(seed=0)
+    b, _ = tiny_vae(seed=1)
+    for vae in (a, b, a):
+        before = weights(vae)
+        first = fit(vae, data, epochs=2, lr=1e-2).metrics
+        moved = [not torch.equal(p, before[n]) for n, p in vae.named_parameters()]
+        assert all(moved)
+        assert first[-1]["train_loss"] < first[0]["train_loss"]
+
+
+def test_two_vaes_train_in_a_users_own_svi_loop_with_one_parameter_store():
+    from pyro.infer import SVI, Trace_ELBO
+    from pyro.optim import Adam
+
+    with pyro.get_param_store().scope():
+        for seed in (0, 1):
+            vae, data = tiny_vae(seed=seed)
+            before = weights(vae)
+            svi = SVI(vae.model, vae.guide, Adam({"lr": 1e-2}), Trace_ELBO())
+            svi.step(data.test.tensor())
+            assert all(not torch.equal(p, before[n]) for n, p in vae.named_parameters())
+
+
+def test_nothing_global_changes():
+    vae, data = tiny_vae()
+    pyro.param("mine", torch.tensor(1.0))
+    try:
+        stream = torch.get_rng_state()
+        validation = torch.distributions.Distribution._validate_args
+        filters = list(warnings.filters)
+        fit(vae, data, epochs=1)
+        assert torch.equal(torch.get_rng_state(), stream)
+        assert torch.distributions.Distribution._validate_args == validation
+        assert list(pyro.get_param_store().keys()) == ["mine"]
+        assert warnings.filters == filters
+        assert torch.get_default_dtype() == torch.float32
+    finally:
+        pyro.clear_param_store()
+
+
+def test_same_seed_same_weights_and_another_seed_others():
+    results = []
+    for seed in (0, 0, 1):
+        vae, data = tiny_vae()
+        torch.manual_seed(seed * 100 + len(results))  # the caller's stream must not matter
+        fit(vae, data, epochs=2, seed=seed)
+        results.append(weights(vae))
+    assert_equal(results[0], results[1])
+    assert any(not torch.equal(results[0][n], results[2][n]) for n in results[0])
+
+
+SETTINGS = {
+    "plain": {},
+    "ema": {"ema": 0.9},
+    "clip": {"clip_norm": 0.5, "optimizer": "adamw", "weight_decay": 0.01},
+    "cosine": {"schedule": "cosine", "schedule_epochs": 6},
+    "warm": {"kl_warmup": 3.0, "free_bits": 0.5},
+    "iwae": {"objective": objectives.iwae(3), "optimizer": "adamax"},
+}
+
+
+def final(run):
+    state = load_checkpoint(run.last)
+    return {k: state[k] for k in ("model", "ema", "optimizer", "state")}
+
+
+def flat(value, name=""):
+    if isinstance(value, dict):
+        return {k: v for key, item in value.items() for k, v in flat(item, f"{name}/{key}").items()}
+    if isinstance(value, (list, tuple)):
+        return flat(dict(enumerate(value)), name)
+    return {name: value}
+
+
+def assert_same_state(a, b):
+    a, b = flat(a), flat(b)
+    assert a.keys() == b.keys()
+    for name, value in a.items():
+        if name.endswith("/seconds"):
+            continue
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(value, b[name]), name
+        else:
+            assert value == b[name], name
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_resume_is_exact(tmp_path, settings):
+    straight, parts = Run(tmp_path / "straight"), Run(tmp_path / "parts")
+    vae, data = tiny_vae()
+    whole = fit(vae, data, epochs=4, batch_size=10, run=straight, **settings)
+    kept = weights(vae)
+    vae, data = tiny_vae()
+    fit(vae, data, epochs=2, batch_size=10, run=parts, **settings)
+    vae, data = tiny_vae(seed=5)  # other weights: all must come from the checkpoint
+    resumed = fit(vae, data, epochs=4, batch_size=10, run=parts, resume=True, **settings)
+    assert_same_state(final(straight), final(parts))
+    assert_equal(kept, weights(vae))
+    assert resumed.best_elbo == whole.best_elbo
+    for ours, theirs in zip(resumed.metrics, whole.metrics, strict=True):
+        assert {k: v for k, v in ours.items() if k != "seconds"} == {
+            k: v for k, v in theirs.items() if k != "seconds"
+        }
+    assert resumed.metrics == parts.read_metrics()
+
+
+@pytest.mark.parametrize("steps", [1, 3, 4, 6])
+def test_resume_is_exact_from_the_middle_of_an_epoch(tmp_path, steps):
+    straight, parts = Run(tmp_path / "straight"), Run(tmp_path / "parts")
+    vae, data = tiny_vae()
+    fit(vae, data, epochs=3, batch_size=10, run=straight, ema=0.9)
+    vae, data = tiny_vae()
+    countdown = iter([False] * (steps - 1) + [True])
+    stopped = fit(
+        vae, data, epochs=3, batch_size=10, run=parts, ema=0.9, should_stop=countdown.__next__
+    )
+    assert stopped.stopped == "interrupted"
+    assert load_checkpoint(parts.last)["state"]["step"] == steps
+    vae, data = tiny_vae(seed=5)
+    fit(vae, data, epochs=3, batch_size=10, run=parts, ema=0.9, resume=True)
+    assert_same_state(final(straight), final(parts))
+
+
+def test_resume_forgets_metrics_of_epochs_after_the_checkpoint(tmp_path):
+    run = Run(tmp_path)
+    vae, data = tiny_vae()
+    fit(vae, data, epochs=2, run=run)
+    run.append_metrics({"epoch": 3, "valid_elbo": 0.0})  # written, then killed before the save
+    fit(vae, data, epochs=3, run=run, resume=True)
+    assert [m["epoch"] for m in run.read_metrics()] == [1, 2, 3]
+
+
+def test_resume_of_another_model_is_refused(tmp_path):
+    vae, data = tiny_vae()
+    fit(vae, data, epochs=1, run=tmp_path)
+    other, _ = tiny_vae(hidden=(9,))
+    with pytest.raises(InputError, match="does not fit this VAE"):
+        fit(other, data, epochs=2, run=tmp_path, resume=True)
+    with pytest.raises(InputError, match="another --ema"):
+        fit(vae, data, epochs=2, run=tmp_path, resume=True, ema=0.9)
+    with pytest.raises(InputError, match="needs run="):
+        fit(vae, data, epochs=2, resume=True)
+
+
+def test_early_stopping():
+    vae, data = tiny_vae()
+    history = fit(vae, data, epochs=200, lr=0.05, batch_size=8, patience=3)
+    assert history.stopped == "patience"
+    assert len(history.metrics) == history.best_epoch + 3
+
+
+def test_averaged_weights_are_the_average_and_are_what_is_kept(tmp_path):
+    vae, data = tiny_vae()
+    expected = weights(vae)
+    seen = []
+
+    def watch():
+        for name, t in weights(vae).items():
+            expected[name].lerp_(t, 0.1)
+        seen.append(1)
+        return False
+
+    fit(vae, data, epochs=1, batch_size=10, ema=0.9, run=tmp_path, should_stop=watch)
+    assert len(seen) > 1
+    assert_equal(weights(vae), expected)
+    assert_equal(load_checkpoint(Run(tmp_path).best)["model"], expected)
+    raw = load_checkpoint(Run(tmp_path).last)["model"]
+    assert any(not torch.equal(raw[n], expected[n]) for n in raw)
+
+
+def test_schedule_and_warmup_reach_the_steps():
+    vae, data = tiny_vae()
+    history = fit(vae, data, epochs=4, batch_size=8, schedule="cosine", kl_warmup=2.0, beta=3.0)
+    per_epoch = -(-len(data.train) // 8)
+    rates = [m["lr"] for m in history.metrics]
+    expected = [
+        1e-3 * 0.5 * (1 + math.cos(math.pi * (e * per_epoch - 1) / (4 * per_epoch)))
+        for e in (1, 2, 3, 4)
+    ]
+    assert rates == pytest.approx(expected)
+    kl = [m["kl_weight"] for m in history.metrics]
+    assert kl == pytest.approx([3 * (per_epoch - 1) / (2 * per_epoch), 3 * (2 * per_epoch - 1) / (
+        2 * per_epoch
+    ), 3, 3])
+    assert learning_rate("constant", 0.1, 5, 10) == 0.1
+
+
+def test_gradients_are_those_of_the_mean_loss_and_are_clipped_as_a_whole():
+    module = nn.Linear(3, 1)
+    optimizer = WholeModelOptimizer(module.named_parameters(), clip_norm=0.5)
+    for p in module.parameters():
+        p.grad = torch.full_like(p, 10.0)
+    optimizer.begin(lr=0.0, images=2)
+    optimizer(set())
+    total = math.sqrt(sum(float(p.grad.pow(2).sum()) for p in module.parameters()))
+    assert total == pytest.approx(0.5, rel=1e-4)
+    unclipped = WholeModelOptimizer(module.named_parameters())
+    for p in module.parameters():
+        p.grad = torch.full_like(p, 10.0)
+    unclipped.begin(lr=0.0, images=4)
+    unclipped(set())
+    assert all(torch.all(p.grad == 2.5) for p in module.parameters())
+    with pytest.raises(InputError, match="one of adam"):
+        WholeModelOptimizer(module.named_parameters(), "sgd")
+
+
+def test_a_nan_weight_stops_training_at_once_and_names_the_site(tmp_path):
+    vae, data = tiny_vae()
+    fit(vae, data, epochs=1, run=tmp_path)
+    with torch.no_grad():
+        list(vae.decoder.parameters())[0].fill_(math.nan)
+    before = weights(vae)
+    with pytest.raises(NonFiniteLossError, match=r"step 1 \(epoch 1\).*site 'x' of the model"):
+        fit(vae, data, epochs=1)
+    for name, t in weights(vae).items():
+        torch.testing.assert_close(t, before[name], equal_nan=True)
+
+
+def test_a_nan_in_the_encoder_is_blamed_on_the_guide():
+    vae, data = tiny_vae()
+    with torch.no_grad():
+        list(vae.posterior.parameters())[-1].fill_(math.inf)
+    with pytest.raises(NonFiniteLossError, match="site 'z' of the guide"):
+        fit(vae, data, epochs=1)
+
+
+def test_divergence_names_the_last_good_checkpoint(tmp_path):
+    vae, data = tiny_vae(likelihood="gaussian", likelihood_args={"scale": 1e-3})
+    fit(vae, data, epochs=1, run=tmp_path)
+
+    def poison(metrics):
+        with torch.no_grad():
+            list(vae.decoder.parameters())[0].fill_(math.nan)
+
+    with pytest.raises(NonFiniteLossError, match=r"last\.pt \(epoch 2\)"):
+        fit(vae, data, epochs=3, run=tmp_path, resume=True, callback=poison)
+    assert first_bad_site(vae.model, vae.guide, data.test.tensor()).startswith("site 'x'")
+
+
+def test_callback_receives_each_epoch_and_files_are_written(tmp_path):
+    vae, data = tiny_vae()
+    seen = []
+    fit(vae, data, epochs=3, run=tmp_path, callback=seen.append)
+    assert seen == Run(tmp_path).read_metrics()
+    assert set(seen[0]) >= {"epoch", "step", "train_loss", "valid_elbo", "lr", "seconds"}
+    assert seen[0]["valid_elbo"] == pytest.approx(
+        -(seen[0]["valid_rate"] + seen[0]["valid_distortion"])
+    )
+    leftovers = [p.name for p in tmp_path.rglob("*") if ".tmp" in p.name]
+    assert leftovers == []
+    assert {p.name for p in tmp_path.rglob("*.pt")} == {"last.pt", "best.pt"}
+    json.dumps(State().__dict__ | {"best_elbo": 0.0})
+
+
+BAD = {
+    "epochs": 0,
+    "batch_size": 0,
+    "lr": -1.0,
+    "clip_norm": 0.0,
+    "ema": 1.0,
+    "patience": 0,
+    "beta": -0.5,
+    "kl_warmup": -1.0,
+    "free_bits": -1.0,
+    "weight_decay": -1.0,
+    "schedule": "linear",
+    "schedule_epochs": 0,
+    "optimizer": "sgd",
+    "device": "tpu",
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_settings_out_of_range_are_refused(name):
+    vae, data = tiny_vae()
+    with pytest.raises(InputError, match=f"{name}|device"):
+        fit(vae, data, **{name: BAD[name]})
+
+
+def test_grey_images_are_refused_by_bernoulli_before_the_first_step():
+    vae, _ = tiny_vae()
+    grey = tiny_data(tiny_config(likelihood="gaussian"))
+    with pytest.raises(InputError, match="Binarise the data"):
+        fit(vae, grey)
+
+
+def test_devices():
+    assert resolve_device("cpu") == torch.device("cpu")
+    if not torch.cuda.is_available():
+        assert resolve_device("auto") == torch.device("cpu")
+        with pytest.raises(InputError, match="sees no CUDA device"):
+            resolve_device("cuda")
+
+
+def test_config_and_fit_have_the_same_defaults():
+    import inspect
+
+    ours = {n: p.default for n, p in inspect.signature(fit).parameters.items()}
+    config = cfg.TrainConfig()
+    shared = [n for n in ours if hasattr(config, n) and n not in ("objective", "data")]
+    assert len(shared) >= 14
+    assert {n: ours[n] for n in shared} == {n: getattr(config, n) for n in shared}
+
+
+def test_top_level_names():
+    assert pv.fit is fit
+    assert pv.VAE.__name__ == "VAE"

@@ -164,7 +164,9 @@ def _check_writable(folder: Path) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise InputError(f"cannot write to {folder}: {error.strerror}; choose another --out") from None
+        raise InputError(
+            f"cannot write to {folder}: {error.strerror}; choose another --out"
+        ) from None
 
 
 _RECORDS = ("config.json", "environment.json", "data.json")

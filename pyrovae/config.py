@@ -195,9 +195,7 @@ class TrainConfig:
     patience: int | None = _setting(
         None, "stop after so many epochs without a better validation ELBO", least=1
     )
-    seed: int = _setting(
-        0, "of initial weights, data order and draws", least=0, most=LARGEST_SEED
-    )
+    seed: int = _setting(0, "of initial weights, data order and draws", least=0, most=LARGEST_SEED)
     device: str = _setting("auto", "auto, cpu, cuda, cuda:1")
     final_particles: int = _setting(
         100, "K of the evaluation on the test split at the end; 0: none", least=0

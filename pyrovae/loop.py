@@ -199,8 +199,7 @@ class Loop:
 
 def first_bad_site(model: Program, guide: Program, x: Tensor) -> str:
     """A phrase that names the first sample site with a non-finite value or log-probability."""
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with torch.no_grad(), pyro.validation_enabled(False):
         guide_trace = poutine.trace(guide).get_trace(x)
         model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(x)
         for where, trace in (("guide", guide_trace), ("model", model_trace)):

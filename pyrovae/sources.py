@@ -79,11 +79,11 @@ def array(
 def file(path: Path) -> Source:
     """Read .npy, or .npz with ``images`` (or a single array) and perhaps ``labels``, ``levels``."""
     try:
-        # allow_pickle=False: a pickle can run any program it likes when opened.
-        loaded = np.load(path, allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            return array(loaded, what=path.name)
-        with loaded:
+        with path.open("rb") as opened:  # NumPy leaves a damaged .npz open
+            # allow_pickle=False: a pickle can run any program it likes when opened.
+            loaded = np.load(opened, allow_pickle=False)
+            if isinstance(loaded, np.ndarray):
+                return array(loaded, what=path.name)
             names = [n for n in loaded.files if n not in ("labels", "levels")]
             name = "images" if "images" in names else names[0] if len(names) == 1 else None
             if name is None:

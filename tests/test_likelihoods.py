@@ -359,6 +359,7 @@ def test_wrong_params_are_refused(row):
         ("gaussian", {"scale": 0}, "above 0"),
         ("gaussian", {"scale": True}, "got True"),
         ("laplace", {"scale": math.nan}, "got nan"),
+        ("laplace", {"scale": math.inf}, "got inf"),
         ("student-t", {"df": 1}, "above 1"),
         ("student-t", {"df": "per-pixel"}, "learned"),
         ("discretized-logistic", {"levels": 0}, "positive integer"),
@@ -401,6 +402,20 @@ def test_components_that_start_alike_get_different_gradients(coupling):
     params = torch.zeros(likelihood.params_shape, requires_grad=True)
     (grad,) = torch.autograd.grad(likelihood(params).log_prob(torch.full((3, 1, 1), 0.2)), params)
     assert grad[:4].reshape(4, -1)[:, 0].unique().numel() == 4
+
+
+@pytest.mark.parametrize("coupling", [False, True])
+def test_mixture_parameters_are_logits_then_locations_then_scales(coupling):
+    likelihood = likelihoods.DiscretizedLogisticMixture((3, 1, 1), coupling=coupling, components=2)
+    params = torch.zeros(likelihood.params_shape)
+    params[1], params[-1] = 2.0, 3.0
+    d = likelihood(params)
+    d = d if coupling else d.base_dist
+    logits = d.logits[:, 0, 0] if coupling else d.logits[0, 0, 0]
+    last = d.coupling[1, 2, 0, 0] if coupling else d.scale[0, 0, 0, 1]
+    want = torch.tensor(3.0).tanh() if coupling else positive(torch.tensor(3.0), 0.1)
+    assert logits.tolist() == [0.0, 2.0]
+    assert last.item() == pytest.approx(want.item())
 
 
 def test_a_likelihood_is_one_class_with_one_method():

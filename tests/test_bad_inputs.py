@@ -1,0 +1,602 @@
+"""What a person may type or supply wrongly: one line that helps, exit status 2, nothing written."""
+
+import dataclasses
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pyrovae import config as cfg
+from pyrovae.cli import main
+
+GREY = np.random.RandomState(0).randint(0, 256, (60, 4, 4)).astype(np.uint8)
+TINY = "--data x.npy --hidden 8 --latent-dim 2 --epochs 1 --final-particles 0"
+ROOT = Path(__file__).parents[1]
+
+Tree = dict[str, bytes | None]
+
+
+def tree(folder: Path) -> Tree:
+    """Every path below a folder, with the bytes of the files."""
+    return {
+        str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None
+        for p in folder.rglob("*")
+    }
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with x.npy, and the run of two epochs that was trained on it."""
+    folder = tmp_path_factory.mktemp("trained")
+    np.save(folder / "x.npy", GREY)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        assert main(shlex.split(f"train {TINY} --epochs 2 --out run --quiet")) == 0
+    return folder
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The working directory: empty, on a machine without CUDA and without downloaded data."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("PYROVAE_DATA", raising=False)
+    yield tmp_path
+
+
+def refuse(command: str, says: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Run a command; it must end as every mistake ends, and say ``says``."""
+    before = tree(here)
+    capsys.readouterr()
+    status = main(shlex.split(command))
+    printed = capsys.readouterr()
+    _check(status, printed.out, printed.err, says)
+    assert tree(here) == before
+
+
+def _check(status: int, out: str, err: str, says: str) -> None:
+    assert err.startswith("pyrovae: "), err
+    assert err.endswith("\n"), err
+    assert err.count("\n") == 1, err
+    assert "Traceback" not in err
+    assert says in err
+    assert out == ""
+    assert status == 2
+
+
+# ---------------------------------------------------------------------------------- words alone
+
+WORDS: dict[str, tuple[str, str]] = {
+    "no command": ("", "COMMAND"),
+    "unknown command": ("trian", "did you mean 'train'?"),
+    "flag before the command": ("--data digits train", "COMMAND"),
+    "unknown flag": ("train --epoch 3", "did you mean '--epochs'?"),
+    "unknown flag with =": ("train --batchsize=3", "did you mean '--batch-size'?"),
+    "unknown flag of evaluate": ("evaluate run --particles 3", "did you mean '--num-particles'?"),
+    "stray word": ("train digits", "unknown argument 'digits'"),
+    "flag without its value": ("train --epochs", "--epochs"),
+    "list without values": ("train --hidden", "--hidden"),
+    "value for a switch": ("train --quiet=yes", "--quiet"),
+    "no run": ("evaluate", "RUN"),
+    "commas between widths": ("train --hidden 200,200", "--hidden expects a whole number"),
+    "epochs in scientific notation": ("train --epochs 1e3", "--epochs expects a whole number"),
+    "K = 0": ("evaluate run --num-particles 0", "--num-particles must be at least 1"),
+    "K = -1": ("evaluate run --num-particles -1", "--num-particles must be at least 1"),
+    "K = 0 in training": ("train --num-particles 0", "--num-particles must be at least 1"),
+    "K = -1 at the end": ("train --final-particles -1", "--final-particles must be at least 0"),
+    "negative lr": ("train --lr -0.1", "--lr must be above 0"),
+    "negative lr in scientific notation": ("train --lr -1e-3", "--lr must be above 0, got -0.001"),
+    "lr minus infinity": ("train --lr -inf", "--lr expects a finite number"),
+    "beta": ("train --beta -1", "--beta must be at least 0"),
+    "one bad width of two": ("train --hidden 8 0", "--hidden must be at least 1, got 0"),
+    "seed too large": (f"train --seed {2**64}", "--seed must be at most 4294967295"),
+    "seed of a sample": (f"sample run --seed {2**64}", "--seed must be at most 4294967295"),
+    "option without =": ("train --likelihood-args scale", "expects KEY=VALUE, got 'scale'"),
+    "option without a value": ("train --likelihood-args scale=", "for example scale=learned"),
+    "likelihood option": (
+        "train --likelihood gaussian --likelihood-args scael=1",
+        "no option 'scael' (did you mean 'scale'?)",
+    ),
+    "scale in words": (
+        "train --likelihood gaussian --likelihood-args scale=lerned",
+        "did you mean 'learned'?",
+    ),
+    "scale 0": ("train --likelihood gaussian --likelihood-args scale=0", "above 0"),
+    "scale NaN": ("train --likelihood laplace --likelihood-args scale=nan", "above 0"),
+    "levels of the data": (
+        "train --likelihood categorical --likelihood-args levels=3",
+        "no option 'levels'",
+    ),
+    "likelihood without options": ("train --likelihood-args scale=1", "it takes none"),
+    "prior option": (
+        "train --prior mixture --prior-args component=3",
+        "--prior-args: Mixture has no option 'component' (did you mean 'components'?)",
+    ),
+    "0 components": ("train --prior vamp --prior-args components=0", "positive integer; got 0"),
+    "half a transform": ("train --posterior flow --posterior-args transforms=1.5", "got 1.5"),
+    "widths in words": ("train --prior flow --prior-args hidden=wide", "hidden"),
+    "gates and activation": ("train --network gated-mlp --activation relu", "--activation out"),
+    "conv28 on 8×8": ("train --network conv28", "Use --network mlp"),
+    "residual on 8×9": (
+        "train --network residual --data odd.npy --binarize none",
+        "Use --network mlp",
+    ),
+    "conv64 on 28×28": (
+        "train --network conv64 --data 28.npy --binarize none",
+        "(C, 64, 64); got (1, 28, 28)",
+    ),
+    "iwae and beta": ("train --objective iwae --beta 2", "leave --beta at 1"),
+    "iwae and warm-up": ("train --objective iwae --kl-warmup 2", "leave --kl-warmup at 0"),
+    "iwae and free bits": ("train --objective iwae --free-bits 1", "leave --free-bits at 0"),
+    "mean-field and vamp": ("train --objective mean-field --prior vamp", "--objective elbo"),
+    "mean-field and flow": ("train --objective mean-field --posterior flow", "--posterior flow"),
+    "binary data, density": (
+        "train --likelihood gaussian --binarize dynamic",
+        "--binarize at auto",
+    ),
+    "mass, dequantised": ("train --likelihood categorical --dequantize uniform", "at auto"),
+    "grey data, Bernoulli": ("train --binarize none", "(--binarize dynamic)"),
+    "grey data at the ends, beta": ("train --likelihood beta --dequantize none", "(0, 1)"),
+    "length of no schedule": ("train --schedule-epochs 5", "--schedule constant"),
+    "unknown data": ("train --data minst", "Did you mean 'mnist'?"),
+    "data absent": ("train --data mnist", "--data-root"),
+    "data absent from a root": ("train --data kmnist --data-root here", "here/KMNIST/raw"),
+    "download of digits": ("train --download", "expected no --download"),
+    "root of digits": ("train --data-root .", "expected no --data-root"),
+    "size of digits": ("train --image-size 16", "expected no --image-size"),
+    "too many for validation": ("train --valid-size 1700", "--valid-size"),
+    "missing .npy": ("train --data none.npy", "none.npy; there is none"),
+    "missing .npz": ("train --data none.npz", "none.npz; there is none"),
+    "missing folder": ("train --data pictures/", "got 'pictures/'"),
+    "CUDA absent": ("train --device cuda", "use --device cpu"),
+    "the hundredth CUDA device": ("train --device cuda:99", "torch sees no CUDA device"),
+    "unknown device": ("train --device gpu", "expected auto, cpu, cuda"),
+    "device of no use": ("train --device meta", "use auto, cpu or cuda"),
+    "--out empty": ("train --out ''", "--out expects a directory"),
+    "--out too long": (f"train --out {'x' * 5000}", "File name too long"),
+    "--resume on nothing": ("train --resume --out run", "run is not a run directory"),
+    "--resume and --overwrite": ("train --resume --overwrite", "give one of them"),
+    "--config missing": ("train --config none.toml", "no configuration file none.toml"),
+    "--config a folder": ("train --config .", "Is a directory"),
+    "unknown topic": ("info liklihoods", "did you mean 'likelihoods'?"),
+    "evaluate on nothing": ("evaluate nowhere", "train one: pyrovae train --out nowhere"),
+    "sample on nothing": ("sample nowhere", "train one: pyrovae train --out nowhere"),
+    "reconstruct on nothing": ("reconstruct nowhere", "pyrovae train --out nowhere"),
+    "not a picture": ("sample run --out samples.jpg", "ending in .png"),
+    "picture nowhere": ("sample run --out none/samples.png", "folder must exist"),
+    "no samples": ("sample run --num-samples 0", "--num-samples must be at least 1"),
+    "samples in words": ("sample run --num-samples x", "--num-samples expects a whole number"),
+    "half a sample": ("sample run --num-samples 1.5", "--num-samples expects a whole number"),
+    "no images": ("reconstruct run --num-images 0", "--num-images must be at least 1"),
+    "reconstruct nonsense": ("reconstruct run --split tset", "did you mean 'test'?"),
+    "--limit 0": ("evaluate run --limit 0", "--limit must be at least 1"),
+}
+
+
+@pytest.mark.parametrize("what", WORDS)
+def test_words(what: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.save(here / "odd.npy", np.zeros((60, 8, 9), np.uint8))
+    np.save(here / "28.npy", np.zeros((60, 28, 28), np.uint8))
+    refuse(*WORDS[what], here, capsys)
+
+
+def _settings() -> Iterator[tuple[str, str]]:
+    """A wrong value of every kind for every setting that can refuse one without more ado."""
+    for start, cls in (("train", cfg.TrainConfig), ("evaluate run", cfg.EvaluateConfig)):
+        for f in dataclasses.fields(cls):
+            flag = "--" + f.name.replace("_", "-")
+            kind, limits = cfg.field_type(f)[0], f.metadata
+            if limits["names"] is not None:
+                for name in cfg.NAMES[limits["names"]]:
+                    wrong = name[:-2] + name[-1] + name[-2]
+                    yield f"{start} {flag} {wrong}", f"{flag} knows no {wrong!r} (did you mean "
+            if kind in (int, float):
+                yield f"{start} {flag} many", f"{flag} expects a"
+            if kind is float:
+                yield f"{start} {flag} nan", f"{flag} expects a finite number"
+                yield f"{start} {flag} inf", f"{flag} expects a finite number"
+            if limits["least"] is not None:
+                least = limits["least"] - 1
+                yield f"{start} {flag} {least:g}", f"{flag} must be at least {limits['least']:g}"
+            for side in ("above", "below"):
+                if limits[side] is not None:
+                    yield f"{start} {flag} {limits[side]:g}", f"{flag} must be {side}"
+
+
+@pytest.mark.parametrize(("command", "says"), [*_settings()])
+def test_settings(command: str, says: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    refuse(command, says, here, capsys)
+
+
+# --------------------------------------------------------------------------------------- files
+
+
+def _npy(images: Any) -> Callable[[Path], None]:
+    return lambda here: np.save(here / "x.npy", images)
+
+
+def _npz(**arrays: Any) -> Callable[[Path], None]:
+    return lambda here: np.savez(here / "x.npz", **arrays)
+
+
+def _text(name: str, text: str) -> Callable[[Path], None]:
+    def write(here: Path) -> None:
+        (here / name).parent.mkdir(exist_ok=True)
+        (here / name).write_text(text)
+
+    return write
+
+
+def _mixed_sizes(here: Path) -> None:
+    (here / "folder").mkdir()
+    for i in range(3):
+        Image.new("L", (8, 8 + i)).save(here / "folder" / f"{i}.png")
+
+
+def _truncated_npz(here: Path) -> None:
+    np.savez(here / "x.npz", images=GREY)
+    (here / "x.npz").write_bytes((here / "x.npz").read_bytes()[:300])
+
+
+def _foreign_project(here: Path) -> None:
+    (here / "run" / "checkpoints").mkdir(parents=True)
+    (here / "run" / "config.json").write_text("{}")
+    (here / "run" / "checkpoints" / "precious.pt").write_text("months of work")
+
+
+def _truncated_idx(here: Path) -> None:
+    (here / "MNIST" / "raw").mkdir(parents=True)
+    for part in ("train", "t10k"):
+        for kind in ("images-idx3", "labels-idx1"):
+            (here / "MNIST" / "raw" / f"{part}-{kind}-ubyte").write_bytes(b"\0\0\10")
+
+
+REAL = GREY / 256
+HOLES = np.where(GREY > 250, np.nan, REAL)
+OBJECTS = np.array([{"an": "object"}, None], dtype=object)
+
+FILES: dict[str, tuple[Callable[[Path], None], str, str]] = {
+    "NaN pixels": (_npy(HOLES), "train --data x.npy", "NaN"),
+    "pixels above 1": (_npy(GREY * 1.0), "train --data x.npy", "floats in [0, 1]"),
+    "pixels below 0": (_npy(REAL - 0.5), "train --data x.npy", "floats in [0, 1]"),
+    "wide integers": (_npy(GREY.astype(int)), "train --data x.npy", 'astype("uint8")'),
+    "objects in .npy": (_npy(OBJECTS), "train --data x.npy", "without objects"),
+    "objects in .npz": (_npz(images=OBJECTS), "train --data x.npz", "without objects"),
+    "several arrays": (_npz(a=GREY, b=GREY), "train --data x.npz", "got a, b"),
+    "no array": (_npz(), "train --data x.npz", "got nothing"),
+    "four channels": (_npy(np.zeros((60, 4, 4, 4), np.uint8)), "train --data x.npy", "1 or 3"),
+    "one axis": (_npy(np.zeros(60, np.uint8)), "train --data x.npy", "expected shape"),
+    "no images": (_npy(GREY[:0]), "train --data x.npy", "at least one image"),
+    "two images": (_npy(GREY[:2]), "train --data x.npy", "Give more images"),
+    "labels too few": (_npz(images=GREY, labels=[1]), "train --data x.npz", "60 integers"),
+    "off the levels": (
+        _npy(REAL),
+        "train --data x.npy --likelihood categorical",
+        "lie on none",
+    ),
+    "nothing to dequantise": (
+        _npy(REAL),
+        "train --data x.npy --likelihood gaussian",
+        "without a grid",
+    ),
+    "binary already": (_npy(GREY % 2), "train --data x.npy", "Use --binarize none"),
+    "truncated .npz": (_truncated_npz, "train --data x.npz", "cannot be read"),
+    "text named .npy": (_text("x.npy", "1 2 3"), "train --data x.npy", "cannot be read"),
+    "wrong type": (_text("x.csv", "1,2,3"), "train --data x.csv", "got 'x.csv'"),
+    "empty folder": (lambda here: (here / "folder").mkdir(), "train --data folder", "got none"),
+    "mixed sizes": (_mixed_sizes, "train --data folder", "--image-size"),
+    "not a picture": (_text("folder/a.png", "text"), "train --data folder", "a.png: expected an"),
+    "truncated idx": (_truncated_idx, "train --data mnist --data-root .", "idx file"),
+    "root a file": (_text("root", ""), "train --data mnist --data-root root", "--data-root"),
+    "TOML that is none": (_text("c.toml", "epochs: 3"), "train --config c.toml", "is not TOML"),
+    "TOML of bytes": (
+        lambda here: _none((here / "c.toml").write_bytes(b"\xff\xfe")),
+        "train --config c.toml",
+        "is not TOML",
+    ),
+    "TOML, unknown setting": (
+        _text("c.toml", "epoch = 3"),
+        "train --config c.toml",
+        "unknown setting 'epoch' (did you mean 'epochs'?)",
+    ),
+    "TOML, flag that is no setting": (
+        _text("c.toml", 'out = "run"'),
+        "train --config c.toml",
+        "on the command line alone",
+    ),
+    "TOML, wrong type": (
+        _text("c.toml", 'epochs = "three"'),
+        "train --config c.toml",
+        "--epochs expects a whole number, got 'three'",
+    ),
+    "TOML, true for a number": (
+        _text("c.toml", "epochs = true"),
+        "train --config c.toml",
+        "--epochs expects a whole number",
+    ),
+    "TOML, number for true": (
+        _text("c.toml", "download = 1"),
+        "train --config c.toml",
+        "--download expects true or false",
+    ),
+    "TOML, options not a table": (
+        _text("c.toml", 'likelihood_args = "scale=1"'),
+        "train --config c.toml",
+        "--likelihood-args expects KEY=VALUE",
+    ),
+    "TOML, unknown name": (
+        _text("c.toml", 'prior = "vampire"'),
+        "train --config c.toml",
+        "did you mean 'vamp'?",
+    ),
+    "TOML of another command": (
+        _text("c.toml", "limit = 3"),
+        "train --config c.toml",
+        "unknown setting 'limit'",
+    ),
+    "--out a file": (_text("run", "mine"), "train --out run", "left alone"),
+    "--out below a file": (_text("file", "mine"), "train --out file/run", "Not a directory"),
+    "--out in use": (_text("run/a.txt", "mine"), "train --out run", "left alone"),
+    "--out in use, --overwrite": (
+        _text("run/a.txt", "mine"),
+        "train --out run --overwrite",
+        "choose another --out",
+    ),
+    "--out another's project, --overwrite": (
+        _foreign_project,
+        "train --out run --overwrite",
+        "choose another --out",
+    ),
+    "default --out in use": (_text("runs", "mine"), "train", "choose another --out"),
+    "picture below a file": (_text("file", ""), "sample run --out file/a.png", "--out"),
+    "evaluate on a folder": (_text("run/a.txt", "mine"), "evaluate run", "holds no config.json"),
+    "evaluate on a file": (_text("run", "mine"), "evaluate run", "not a run directory"),
+    "info on a folder": (_text("run/a.txt", "mine"), "info run", "holds no config.json"),
+    "--resume on a folder": (
+        _text("run/a.txt", "mine"),
+        "train --resume --out run",
+        "holds no config.json",
+    ),
+}
+
+
+def _none(_: object) -> None:
+    return None
+
+
+@pytest.mark.parametrize("what", FILES)
+def test_files(what: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prepare, command, says = FILES[what]
+    prepare(here)
+    refuse(command, says, here, capsys)
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a virtual file system")
+def test_a_folder_that_only_seems_writable(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    refuse("train --out /proc/run", "cannot write to /proc", here, capsys)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+@pytest.mark.parametrize("command", ["train --out locked/run", "sample run --out locked/a.png"])
+def test_a_locked_folder(command: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "locked").mkdir(mode=0o500)
+    refuse(command, "cannot write to locked", here, capsys)
+
+
+# ---------------------------------------------------------------------------------------- runs
+
+
+class _Trap:
+    """Unpickling it writes a file."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return open, ("trapped", "w")
+
+
+def _checkpoint(content: Any, *names: str) -> Callable[[Path], None]:
+    def write(here: Path) -> None:
+        for name in names or ("last", "best"):
+            torch.save(content, here / "run" / "checkpoints" / f"{name}.pt")
+
+    return write
+
+
+def _changed_checkpoint(**changes: Any) -> Callable[[Path], None]:
+    def write(here: Path) -> None:
+        for path in (here / "run" / "checkpoints").iterdir():
+            torch.save(torch.load(path, weights_only=True) | changes, path)
+
+    return write
+
+
+def _truncated_checkpoint(here: Path) -> None:
+    for path in (here / "run" / "checkpoints").iterdir():
+        path.write_bytes(path.read_bytes()[:1000])
+
+
+def _json(name: str, **changes: Any) -> Callable[[Path], None]:
+    def write(here: Path) -> None:
+        path = here / "run" / name
+        content = {**json.loads(path.read_text()), **changes}
+        path.write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
+
+    return write
+
+
+def _other_images(here: Path) -> None:
+    np.save(here / "x.npy", GREY[::-1])
+
+
+def _remove(name: str) -> Callable[[Path], None]:
+    def remove(here: Path) -> None:
+        path = here / "run" / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+    return remove
+
+
+def _as_it_is(here: Path) -> None:
+    return None
+
+
+RESUME = "train --out run --resume --epochs 3"
+OURS = {"kind": "pyrovae checkpoint", "format": 1}
+
+RUNS: dict[str, tuple[Callable[[Path], None], list[str], str]] = {
+    "run there already": (_as_it_is, [f"train {TINY} --out run"], "--overwrite"),
+    "fixed setting": (_as_it_is, [f"{RESUME} --lr 0.1"], "cannot change it to 0.1"),
+    "fixed name": (_as_it_is, [f"{RESUME} --likelihood gaussian"], "cannot change it"),
+    "fixed widths": (_as_it_is, [f"{RESUME} --hidden 8 8"], "cannot change it to (8, 8)"),
+    "fewer epochs": (_as_it_is, ["train --out run --resume --epochs 1"], "give 2 or more"),
+    "planned schedule": (
+        _json("config.json", schedule="cosine"),
+        [RESUME],
+        "--schedule-epochs",
+    ),
+    "no such split": (_as_it_is, ["evaluate run --split tset"], "did you mean 'test'?"),
+    "root of a file": (_as_it_is, ["evaluate run --data-root ."], "--data-root"),
+    "truncated checkpoint": (
+        _truncated_checkpoint,
+        [RESUME, "evaluate run", "sample run", "reconstruct run", "info run"],
+        "truncated",
+    ),
+    "truncated best checkpoint": (
+        lambda here: _none((here / "run/checkpoints/best.pt").write_bytes(b"")),
+        [RESUME, "evaluate run"],
+        "best.pt",
+    ),
+    "foreign checkpoint": (
+        _checkpoint({"weights": torch.ones(3)}),
+        [RESUME, "evaluate run", "sample run"],
+        "not written by pyrovae",
+    ),
+    "a tensor for a checkpoint": (
+        _checkpoint(torch.ones(3)),
+        [RESUME, "evaluate run"],
+        "not written by pyrovae",
+    ),
+    "checkpoint with code": (
+        _checkpoint({**OURS, "model": _Trap()}),
+        [RESUME, "evaluate run", "info run"],
+        "cannot read checkpoint",
+    ),
+    "newer checkpoint": (
+        _changed_checkpoint(format=2),
+        [RESUME, "evaluate run", "sample run"],
+        "upgrade pyrovae",
+    ),
+    "checkpoint without weights": (_checkpoint(OURS), ["evaluate run"], "does not fit"),
+    "checkpoint of another VAE": (
+        _json("config.json", hidden=[9]),
+        ["evaluate run", "sample run", "info run"],
+        "does not fit config.json",
+    ),
+    "no checkpoints": (_remove("checkpoints"), [RESUME, "evaluate run"], "no checkpoint"),
+    "config.json damaged": (
+        lambda here: _none((here / "run/config.json").write_text('{"data": "x.n')),
+        [RESUME, "evaluate run", "sample run", "reconstruct run", "info run"],
+        "run/config.json",
+    ),
+    "config.json a list": (
+        lambda here: _none((here / "run/config.json").write_text("[]")),
+        [RESUME, "evaluate run"],
+        "one JSON object",
+    ),
+    "config.json with an unknown key": (
+        _json("config.json", lattent_dim=3),
+        [RESUME, "evaluate run", "sample run", "info run"],
+        "run/config.json is damaged or edited: unknown setting 'lattent_dim'",
+    ),
+    "config.json with a wrong type": (
+        _json("config.json", epochs="two"),
+        [RESUME, "evaluate run"],
+        "run/config.json is damaged or edited: --epochs",
+    ),
+    "no data.json": (_remove("data.json"), [RESUME, "evaluate run"], "holds no data.json"),
+    "data.json without protocol": (
+        _json("data.json", protocol=None),
+        [RESUME, "evaluate run", "sample run", "info run"],
+        "run/data.json is damaged or edited: it lacks 'protocol'",
+    ),
+    "data.json with another protocol": (
+        _json("data.json", protocol={"data": "x.npy"}),
+        ["evaluate run", "sample run"],
+        "run/data.json is damaged",
+    ),
+    "metrics.jsonl cut short": (
+        lambda here: _none((here / "run/metrics.jsonl").write_text('{"epoch": 1')),
+        [RESUME, "info run"],
+        "run/metrics.jsonl",
+    ),
+    "evaluation.json of another kind": (
+        lambda here: _none((here / "run/evaluation.json").write_text("{}")),
+        ["info run"],
+        "run/evaluation.json",
+    ),
+    "data gone": (
+        lambda here: (here / "x.npy").unlink(),
+        [RESUME, "evaluate run", "reconstruct run"],
+        "expected a file at x.npy",
+    ),
+    "data changed": (
+        _other_images,
+        [RESUME, "evaluate run", "reconstruct run"],
+        "the data are not those the run was trained on",
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("what", "command"), [(what, command) for what, row in RUNS.items() for command in row[1]]
+)
+def test_runs(
+    what: str, command: str, trained: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damage, _, says = RUNS[what]
+    shutil.copytree(trained, here, dirs_exist_ok=True)
+    damage(here)
+    refuse(command, says, here, capsys)
+
+
+def test_the_trap_works(here: Path) -> None:
+    torch.save(_Trap(), here / "x.pt")
+    torch.load(here / "x.pt", weights_only=False).close()
+    assert (here / "trapped").exists()
+
+
+# --------------------------------------------------------------------------------- the real thing
+
+REAL_SHELL = ("unknown command", "unknown flag", "negative lr")
+
+
+@pytest.mark.parametrize("what", REAL_SHELL)
+def test_at_a_real_shell(what: str, tmp_path: Path) -> None:
+    command, says = WORDS[what]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-m", "pyrovae", *shlex.split(command)],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    _check(done.returncode, done.stdout, done.stderr, says)
+    assert tree(tmp_path) == {}
+
+
+def test_the_table_is_long_enough() -> None:
+    assert len(WORDS) + len(FILES) + len(RUNS) >= 120

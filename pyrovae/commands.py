@@ -68,6 +68,8 @@ def train(args: argparse.Namespace) -> int:
             should_stop=interrupts.asked,
             **{name: getattr(config, name) for name in _FIT_SETTINGS},
         )
+        # The weights may be others now, and the number of a run must be that of its weights.
+        (run.path / "evaluation.json").unlink(missing_ok=True)
         if history.stopped == "interrupted":
             say(f"stopped; all is saved. Continue: pyrovae train --out {_quoted(run)} --resume")
             return 128 + interrupts.signal
@@ -104,11 +106,7 @@ _FIT_SETTINGS = (
 
 
 def _resumed(args: argparse.Namespace, given: dict[str, Any]) -> tuple[Run, cfg.TrainConfig]:
-    stored: cfg.TrainConfig
-    if args.out:
-        run = Run(args.out)
-    else:
-        run = Run(cfg.default_out(cfg.make(cfg.TrainConfig, given)))
+    run = Run(args.out or cfg.default_out(cfg.make(cfg.TrainConfig, given)))
     stored = cfg.run_config(run)
     asked = cfg.make(cfg.TrainConfig, {**dataclasses.asdict(stored), **given})
     for name in given:
@@ -123,8 +121,8 @@ def _resumed(args: argparse.Namespace, given: dict[str, Any]) -> tuple[Run, cfg.
     planned = stored.schedule != "constant" and stored.schedule_epochs is None
     if planned and config.epochs != stored.epochs:
         raise InputError(
-            f"the {stored.schedule} schedule of this run was planned for {stored.epochs} epochs, so "
-            "--epochs cannot change; next time, plan with --schedule-epochs"
+            f"the {stored.schedule} schedule of this run was planned for {stored.epochs} epochs, "
+            "so --epochs cannot change; next time, plan with --schedule-epochs"
         )
     # All read now, so that damage is refused before anything is said or written.
     with cfg.naming(run.path / "metrics.jsonl"):
@@ -339,6 +337,7 @@ def info(args: argparse.Namespace) -> int:
 
 def _listing(topic: str) -> str:
     rows: list[tuple[str, ...]]
+    registry: Any
     if topic == "likelihoods":
         rows = [
             (name, cls.kind, cls.support, cls.summary) for name, cls in likelihoods.REGISTRY.items()
@@ -355,9 +354,7 @@ def _listing(topic: str) -> str:
     elif topic == "data":
         rows = [(name, entry.summary) for name, entry in data.REGISTRY.items()]
     else:
-        registry: dict[str, Any] = {"priors": priors.REGISTRY, "posteriors": posteriors.REGISTRY}[
-            topic
-        ]
+        registry = priors.REGISTRY if topic == "priors" else posteriors.REGISTRY
         rows = [(name, cls.summary) for name, cls in registry.items()]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
     return "\n".join(

@@ -21,8 +21,6 @@ from pyrovae.errors import InputError
 if TYPE_CHECKING:
     import inspect
 
-    from pyro.infer import ELBO
-
     from pyrovae.data import Data, Protocol
     from pyrovae.runs import Run
     from pyrovae.vae import VAE
@@ -144,7 +142,7 @@ class TrainConfig:
     likelihood: str = _setting(
         "bernoulli", "p(x | z); see: pyrovae info likelihoods", names="likelihood", group="model"
     )
-    likelihood_args: Options = _setting(
+    likelihood_args: Options = _setting(  # noqa: RUF009
         {}, "its options, such as scale=learned components=10", metavar="KEY=VALUE", group="model"
     )
     network: str = _setting("mlp", "encoder and decoder", names="network", group="model")
@@ -156,11 +154,11 @@ class TrainConfig:
     )
     latent_dim: int = _setting(50, "dimensions of z", least=1, group="model")
     prior: str = _setting("standard-normal", "p(z)", names="prior", group="model")
-    prior_args: Options = _setting(
+    prior_args: Options = _setting(  # noqa: RUF009
         {}, "its options, such as components=500", metavar="KEY=VALUE", group="model"
     )
     posterior: str = _setting("mean-field", "q(z | x)", names="posterior", group="model")
-    posterior_args: Options = _setting(
+    posterior_args: Options = _setting(  # noqa: RUF009
         {}, "its options, such as transforms=4", metavar="KEY=VALUE", group="model"
     )
 
@@ -284,7 +282,7 @@ def _element(f: "dataclasses.Field[Any]", flag: str, kind: type, value: Any) -> 
     if limits["below"] is not None and value >= limits["below"]:
         raise InputError(f"{flag} must be below {limits['below']:g}, got {value}")
     if limits["names"] is not None and value not in NAMES[limits["names"]]:
-        raise InputError(unknown_name(flag, value, NAMES[limits["names"]]))
+        raise InputError(unknown_name(flag, str(value), NAMES[limits["names"]]))
     return value
 
 
@@ -444,17 +442,16 @@ def _construct(
 ) -> Any:
     """``cls(*first, **given, **fixed)``, refusing options that the class does not know."""
     fixed = fixed or {}
-    known = [name for name in _options(cls) if name not in fixed]
+    known = {name: option for name, option in _options(cls).items() if name not in fixed}
     for name in given:
         if name not in known:
-            options = f"it takes {', '.join(known)}" if known else "it takes none"
+            takes = f"it takes {', '.join(known)}" if known else "it takes none"
             raise InputError(
                 f"{flag}-args: {cls.__name__} has no option {name!r}{did_you_mean(name, known)}; "
-                f"{options}"
+                f"{takes}"
             )
     # One width is written hidden=64, and is a tuple of one.
-    options = _options(cls)
-    several = {name for name in given if isinstance(options[name].default, tuple)}
+    several = {name for name in given if isinstance(known[name].default, tuple)}
     given = {
         name: (value,) if name in several and not isinstance(value, (list, tuple)) else value
         for name, value in given.items()

@@ -2,9 +2,9 @@
 
     python scripts/evaluate.py runs/first --num-particles 1000
 
-``log p(x) ~ log (1/K) sum_k w_k`` with ``w_k = p(z_k) p(x | z_k) / q(z_k | x)`` and K draws z_k from
-q(z | x). It reads every run, of ``scripts/train.py`` or of ``pyrovae train``; ``pyrovae evaluate``
-is the same estimate with a memory plan and noise that does not depend on the batch.
+``log p(x) ~ log (1/K) sum_k w_k`` with ``w_k = p(z_k) p(x | z_k) / q(z_k | x)`` and K draws z_k
+from q(z | x). It reads every run, of ``scripts/train.py`` or of ``pyrovae train``. ``pyrovae
+evaluate`` is the same estimate with a memory plan, and noise that does not depend on the batch.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from pyrovae.errors import InputError
 from pyrovae.training import resolve_device
 from pyrovae.vae import VAE
 
-FLAGS = "num-particles split limit seed device data-root".split()
+FLAGS = ["num-particles", "split", "limit", "seed", "device", "data-root"]
 IMAGES, PARTICLES = 64, 100  # computed together
 
 
@@ -91,7 +91,9 @@ def evaluate(run: runs.Run, config: cfg.EvaluateConfig) -> None:
     k = torch.cat(pareto_k)
     print(f"log p(x)  {show(torch.cat(log_p))} nats per image, K = {config.num_particles}")
     print(f"ELBO      {show(torch.cat(elbo))}")
-    print(f"Pareto k  median {k.nanmedian():.2f}, above 0.7 for {(k > 0.7).double().mean():.1%}")
+    k = k[~k.isnan()]
+    if len(k):
+        print(f"Pareto k  median {k.median():.2f}, above 0.7 for {(k > 0.7).double().mean():.1%}")
     print(f"images    {len(x):,} of the {split.name} split; {split.protocol}")
 
 
@@ -103,5 +105,6 @@ def show(values: Tensor) -> str:
 if __name__ == "__main__":
     try:
         evaluate(*arguments())
-    except InputError as error:
-        sys.exit(print(f"evaluate.py: {error}", file=sys.stderr) or 2)
+    except (InputError, OSError) as error:
+        print(f"evaluate.py: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -21,11 +21,12 @@ from pyrovae import config as cfg
 from pyrovae.errors import InputError
 from pyrovae.training import check_data, resolve_device
 
-FLAGS = (
-    "data data-root likelihood likelihood-args hidden activation latent-dim objective "
-    "num-particles beta epochs batch-size lr seed device"
-).split()
-LISTS = ("hidden", "likelihood-args")
+# Settings of `pyrovae train` that this script takes, by the same names.
+DATA = ["data", "data-root", "binarize"]
+MODEL = ["likelihood", "likelihood-args", "network", "hidden", "activation", "latent-dim"]
+FAMILIES = ["prior", "posterior"]
+TRAINING = ["objective", "num-particles", "beta", "epochs", "batch-size", "lr", "seed", "device"]
+SEVERAL = ["hidden", "likelihood-args"]  # flags of one or more values
 
 
 class Parser(argparse.ArgumentParser):
@@ -34,15 +35,15 @@ class Parser(argparse.ArgumentParser):
 
 
 def arguments() -> tuple[cfg.TrainConfig, str]:
-    """The settings of ``pyrovae train`` that this script takes, checked as there, and --out."""
+    """The settings, checked as ``pyrovae train`` checks them, and --out."""
     parser = Parser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    for flag in FLAGS:
-        parser.add_argument(f"--{flag}", nargs="+" if flag in LISTS else None)
+    for flag in DATA + MODEL + FAMILIES + TRAINING:
+        parser.add_argument(f"--{flag}", nargs="+" if flag in SEVERAL else None)
     parser.add_argument("--out", default="runs/script")
     parser.set_defaults(config=None)
     args = parser.parse_args()
@@ -71,8 +72,6 @@ def train(config: cfg.TrainConfig, out: str) -> None:
             pyro.sample("z", vae.posterior(x))
 
     objective = objectives.REGISTRY[config.objective](config.num_particles)
-    if config.beta != 1:
-        objectives.check_kl_term(objective, "--beta")
     # The weight goes around the programs while they are trained; validation below is without it.
     weight = objectives.KLWeight(config.beta).to(device)
     adam = pyro.optim.Adam({"lr": config.lr})
@@ -109,5 +108,6 @@ def train(config: cfg.TrainConfig, out: str) -> None:
 if __name__ == "__main__":
     try:
         train(*arguments())
-    except InputError as error:
-        sys.exit(print(f"train.py: {error}", file=sys.stderr) or 2)
+    except (InputError, OSError) as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        sys.exit(2)

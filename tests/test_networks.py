@@ -209,7 +209,7 @@ def test_wrong_options_are_refused(options: dict[str, object], message: str) -> 
 
 
 def test_a_setting_that_is_not_used_is_refused() -> None:
-    with pytest.raises(InputError, match="GatedMLPEncoder has gates.*Leave --activation out"):
+    with pytest.raises(InputError, match=r"GatedMLPEncoder has gates.*Leave --activation out"):
         networks.GatedMLPEncoder((5,), activation="tanh")
     with pytest.raises(InputError, match="at least 1 positive integers"):
         networks.Conv28Encoder((1, 28, 28), hidden=())
@@ -217,7 +217,7 @@ def test_a_setting_that_is_not_used_is_refused() -> None:
 
 @pytest.mark.parametrize("latent_dim", [0, -1, 2.0, True, "2"])
 def test_a_latent_dim_that_is_no_count_is_refused(latent_dim: object) -> None:
-    with pytest.raises(InputError, match="--latent-dim.*positive integer"):
+    with pytest.raises(InputError, match=r"--latent-dim.*positive integer"):
         networks.MLPDecoder(latent_dim, (1, 5))
 
 

@@ -118,8 +118,8 @@ def test_a_draw_and_a_stranger_score_alike(name: str) -> None:
 
 
 @NAME
-def test_gradients_of_a_draw_and_of_a_stranger_agree(name: str) -> None:
-    # The cached path and the inversion are two programs for one function of x, weights and z.
+def test_the_gradient_of_any_z_is_the_slope(name: str) -> None:
+    # For the flow, this is the gradient through the D passes of the inversion.
     posterior, x = build(name), images(3)
     noise = torch.randn(3, 3, dtype=torch.float64)
     z = from_noise(posterior(x), noise).detach()
@@ -222,6 +222,27 @@ def test_mean_field_has_independent_elements_and_full_rank_does_not() -> None:
         jacobian = torch.autograd.functional.jacobian(lambda e, q=q: from_noise(q, e), noise)
         off_diagonal = jacobian - torch.diag(jacobian.diagonal())
         assert bool((off_diagonal.abs() > 1e-3).any()) == correlated
+
+
+def test_full_rank_is_a_scale_for_each_row_times_correlations() -> None:
+    posterior, x = build("full-rank"), images()
+    numbers = posterior.head(posterior.encoder(x))
+    log_scale, (a10, a20, a21) = numbers[3:6], numbers[6:].tolist()
+    unit = torch.tensor([[1, 0, 0], [a10, 1, 0], [a20, a21, 1]], dtype=torch.float64)
+    expected = torch.diag((7 * torch.tanh(log_scale / 7)).exp()) @ unit
+    torch.testing.assert_close(posterior(x).scale_tril, expected, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(posterior(x).loc, numbers[:3], rtol=1e-10, atol=1e-12)
+
+
+def test_the_cache_answers_for_its_own_pair_only() -> None:
+    transform = build("flow")(images()).transforms[0]
+    x = torch.randn(3, dtype=torch.float64)
+    expected = transform.log_abs_det_jacobian(x, transform(x))
+    other = torch.randn(3, dtype=torch.float64)
+    assert transform.log_abs_det_jacobian(other, transform(other)) != expected
+    y = transform(x.clone())
+    transform(other)
+    assert transform.log_abs_det_jacobian(x, y) == expected
 
 
 def test_autoregressive_order() -> None:

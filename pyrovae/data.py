@@ -428,7 +428,7 @@ def _rows(
     if num_valid + num_test >= count:
         raise InputError(
             f"{name}: expected more images than {num_valid:,} valid and {num_test:,} test ones; "
-            f"got {count:,} in all. Give more images, or smaller --valid-size and --test-size."
+            f"got {count:,} in all. Give more images, or a smaller --valid-size (or test_size)."
         )
     order = np.arange(count)
     if source.published == "none":

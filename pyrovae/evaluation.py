@@ -14,6 +14,10 @@ from pyrovae.diagnostics import psis
 from pyrovae.errors import InputError
 
 _NATS_PER_BIT = math.log(2)
+# Above it, the mean of the weights converges too slowly for any error bar to hold.
+TRUSTED_K = 0.7
+# Fewer draws have too few in their tail for k to be estimated.
+SMALLEST_K = 25
 
 
 class PerImage(NamedTuple):
@@ -25,6 +29,12 @@ class PerImage(NamedTuple):
     distortion: Tensor
     pareto_k: Tensor
     ess: Tensor
+    mc_error: Tensor
+    """Standard error of log_likelihood over draws of z, by the delta method; NaN for K = 1."""
+    bias: Tensor
+    """E[log_likelihood] - log p(x) to first order in 1/K, never positive; NaN for K = 1."""
+    psis_log_likelihood: Tensor
+    """The estimate from Pareto-smoothed weights."""
     posterior_mean: Tensor
     """(N, D) E_q[z | x]."""
     posterior_mean_error: Tensor
@@ -49,6 +59,12 @@ class Evaluation(NamedTuple):
     seed: int
     log_likelihood: float
     log_likelihood_se: float
+    log_likelihood_mc_error: float
+    """Standard error of the mean from the draws of z alone: what another seed would move."""
+    bias: float
+    """How far log_likelihood lies below log p(x), to first order in 1/K: zero or negative."""
+    psis_log_likelihood: float
+    """The estimate from Pareto-smoothed weights: steadier where few draws carry the raw one."""
     elbo: float
     elbo_se: float
     rate: float
@@ -64,6 +80,8 @@ class Evaluation(NamedTuple):
     pareto_k_above_0_7: float | None
     """Share of the images whose weights have a heavier tail than can be trusted."""
     ess_median: float
+    trust: str
+    """What share of the images can be trusted, and what would help the others."""
     device: str
     seconds: float
     per_image: PerImage
@@ -84,11 +102,17 @@ class Evaluation(NamedTuple):
                 "log p(x)",
                 f"{self.log_likelihood:.3f} ± {self.log_likelihood_se:.3f} nats per image",
             ),
+            (
+                "from the draws",
+                f"± {self.log_likelihood_mc_error:.4f}, bias about {self.bias:.4f}; smoothed "
+                f"weights give {self.psis_log_likelihood:.3f}",
+            ),
             ("ELBO", f"{self.elbo:.3f} ± {self.elbo_se:.3f}"),
             ("rate + distortion", f"{self.rate:.3f} + {self.distortion:.3f}"),
             ("bits per dim", bits),
             ("active units", f"{units} of {self.per_image.posterior_mean.shape[1]}"),
             ("Pareto k", k),
+            ("trust", self.trust),
             ("ESS", f"median {self.ess_median:.1f} of {self.num_particles}"),
             ("images", f"{self.num_images:,} of the {self.split} split"),
             ("particles", f"K = {self.num_particles}, seed {self.seed}"),
@@ -204,18 +228,47 @@ def estimate(
         sums = sums + z.sum(0).cpu()
         squares = squares + (z * z).sum(0).cpu()
     log_w = torch.cat(weights)
-    k, ess, _ = psis(log_w)
+    k, ess, smoothed = psis(log_w)
+    log_likelihood = importance.log_mean_exp(log_w)
+    mc_error = delta_error(log_w)
     mean, error = _posterior_mean(guide, x, sums, squares, num_particles)
     return PerImage(
-        log_likelihood=importance.log_mean_exp(log_w),
+        log_likelihood=log_likelihood,
         elbo=log_w.mean(0),
         rate=torch.stack(rate).sum(0) / num_particles,
         distortion=torch.stack(distortion).sum(0) / num_particles,
         pareto_k=k,
         ess=ess,
+        mc_error=mc_error,
+        bias=-0.5 * mc_error**2,
+        psis_log_likelihood=_from_smoothed(log_w, smoothed),
         posterior_mean=mean,
         posterior_mean_error=error,
     )
+
+
+def delta_error(log_weights: Tensor) -> Tensor:
+    """Standard error of log((1/K) sum_k w_k) by the delta method, (B,); NaN for K = 1.
+
+    ``sqrt(var(w) / K) / mean(w)``. To the same order, the expectation of the estimate lies half
+    the square of it below log p(x).
+
+    Args:
+        log_weights: (K, B), in nats.
+
+    >>> delta_error(torch.tensor([[0.0], [math.log(3.0)]], dtype=torch.float64))
+    tensor([0.5000], dtype=torch.float64)
+    """
+    w = torch.exp(log_weights - log_weights.amax(0))
+    if len(w) == 1:
+        return torch.full_like(w[0], math.nan)
+    return w.std(0) / w.mean(0) / math.sqrt(len(w))
+
+
+def _from_smoothed(log_w: Tensor, smoothed: Tensor) -> Tensor:
+    # Smoothing changes the largest fifth of the weights at most, then divides all by their sum.
+    # The median ratio is thus that of an unchanged weight, and it is the sum.
+    return torch.nanmedian(log_w - smoothed, 0).values - math.log(len(log_w))
 
 
 def _posterior_mean(
@@ -298,6 +351,9 @@ def _summarise(
         seed=seed,
         log_likelihood=log_likelihood,
         log_likelihood_se=_standard_error(images.log_likelihood),
+        log_likelihood_mc_error=float(images.mc_error.norm() / n),
+        bias=float(images.bias.mean()),
+        psis_log_likelihood=float(images.psis_log_likelihood.mean()),
         elbo=float(images.elbo.mean()),
         elbo_se=_standard_error(images.elbo),
         rate=float(images.rate.mean()),
@@ -305,11 +361,33 @@ def _summarise(
         bits_per_dim=bits_per_dim(log_likelihood, kind, levels, math.prod(split.x_shape)),
         active_units=_count_active(images),
         pareto_k_median=float(known.median()) if len(known) else None,
-        pareto_k_above_0_7=float((known > 0.7).double().mean()) if len(known) else None,
+        pareto_k_above_0_7=float((known > TRUSTED_K).double().mean()) if len(known) else None,
         ess_median=float(images.ess.median()),
+        trust=_trust(images.pareto_k, num_particles),
         device=device,
         seconds=round(seconds, 3),
         per_image=images,
+    )
+
+
+def _trust(pareto_k: Tensor, num_particles: int) -> str:
+    """A sentence on the share of images whose weights have a light enough tail."""
+    known = pareto_k[~torch.isnan(pareto_k)]
+    if num_particles < SMALLEST_K:
+        return (
+            f"nothing is known of the weights' tails: Pareto k needs {SMALLEST_K} draws; raise "
+            "--num-particles"
+        )
+    if len(known) == 0:
+        return "all weights are equal: the guide is the posterior, and the estimate is exact"
+    share = 1 - float((known > TRUSTED_K).sum()) / len(pareto_k)
+    sentence = f"Pareto k is at most {TRUSTED_K} for {share:.1%} of the images"
+    if share >= 0.95:
+        return f"{sentence}: the estimate and its error can be trusted"
+    return (
+        f"{sentence}; for the others log p(x) is likely higher than estimated: a more expressive "
+        "--posterior (full-rank, flow) or a larger --num-particles would help, and pyrovae anneal "
+        "tells how much is missed"
     )
 
 

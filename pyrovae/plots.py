@@ -1,9 +1,9 @@
-"""Pictures of data and runs with Matplotlib; no display is needed and none is opened.
+"""Plots of data and runs with Matplotlib; no display is needed, none is opened, no style is set.
 
-Each function returns a `matplotlib.figure.Figure`; `save` writes it.
+Charts draw on the ``ax`` they are given, or on a figure of their own, and return the Axes. Pictures
+return a Figure. `save` writes either.
 """
 
-import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,43 +12,52 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pyrovae.errors import InputError
+from pyrovae import pictures
+from pyrovae.charts import (
+    GREY,
+    activity,
+    bound_against_k,
+    curves,
+    elbo_curves,
+    kl_per_dim,
+    latents,
+    pareto_k,
+    rate_curves,
+    rate_distortion,
+)
+from pyrovae.pictures import is_picture, sheet
 from pyrovae.runs import atomic_path
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_INK = "#1b1f24"
-_BLUE, _ORANGE, _GREY = "#2463a8", "#c8622a", "#8a9099"
+    from pyrovae.vae import VAE
 
-
-def is_picture(x_shape: Sequence[int]) -> bool:
-    """Whether x of this shape can be shown: (C, H, W) with one or three channels."""
-    return len(x_shape) == 3 and x_shape[0] in (1, 3)
-
-
-def sheet(x: Tensor, columns: int | None = None, gap: int | None = None) -> Tensor:
-    """Lay images (N, C, H, W) out on one white sheet (3, height, width), row by row."""
-    if not is_picture(x.shape[1:]):
-        raise InputError(
-            f"expected images of shape (N, 1 or 3, H, W), got {tuple(x.shape)}; only such can be "
-            "drawn"
-        )
-    n, _, height, width = x.shape
-    columns = columns or math.ceil(math.sqrt(n))
-    rows = math.ceil(n / columns)
-    gap = max(1, height // 16) if gap is None else gap
-    page = x.new_ones(3, rows * (height + gap) + gap, columns * (width + gap) + gap)
-    for i, image in enumerate(x.clamp(0, 1)):
-        top = gap + (i // columns) * (height + gap)
-        left = gap + (i % columns) * (width + gap)
-        page[:, top : top + height, left : left + width] = image
-    return page
+__all__ = [
+    "activity",
+    "bound_against_k",
+    "curves",
+    "elbo_curves",
+    "interpolation",
+    "is_picture",
+    "kl_per_dim",
+    "latents",
+    "manifold",
+    "pareto_k",
+    "rate_curves",
+    "rate_distortion",
+    "reconstructions",
+    "samples",
+    "save",
+    "sheet",
+    "traversal",
+]
 
 
 def samples(x: Tensor, columns: int | None = None) -> "Figure":
     """A sheet of images (N, C, H, W)."""
-    return _page(sheet(x.detach().cpu(), columns))
+    return _page(x.detach().cpu(), columns)
 
 
 def reconstructions(x: Tensor, reconstructed: Tensor, columns: int = 8) -> "Figure":
@@ -60,71 +69,71 @@ def reconstructions(x: Tensor, reconstructed: Tensor, columns: int = 8) -> "Figu
             row = images[start : start + columns].detach().cpu()
             blank = row.new_ones(columns - len(row), *row.shape[1:])
             pairs.append(torch.cat([row, blank]))
-    figure = _page(sheet(torch.cat(pairs), columns))
-    figure.suptitle("original above, reconstruction below", fontsize=8, color=_GREY, y=0.995)
+    return _page(torch.cat(pairs), columns, title="original above, reconstruction below")
+
+
+def interpolation(vae: "VAE", a: Tensor, b: Tensor, steps: int = 9) -> "Figure":
+    """Each image of ``a``, the walk from its latent to that of ``b``, the image of ``b``; in rows.
+
+    Args:
+        vae: the model.
+        a: (N, *x_shape), left.
+        b: (N, *x_shape), right.
+        steps: points on each walk.
+    """
+    walks = pictures.interpolate(vae, a, b, steps).cpu()
+    rows = torch.cat([a.cpu().unsqueeze(1), walks, b.cpu().unsqueeze(1)], 1)
+    return _page(rows.flatten(0, 1), steps + 2, title="original, decoded on the way, original")
+
+
+def traversal(
+    vae: "VAE", x: Tensor, dims: Sequence[int] | None = None, steps: int = 9, span: float = 3.0
+) -> "Figure":
+    """One row a latent dimension: the first x decoded while that dimension alone is moved.
+
+    Arguments as of `pyrovae.pictures.traverse`.
+    """
+    walk = pictures.traverse(vae, x, dims, steps, span)
+    figure = _page(walk.x.flatten(0, 1).cpu(), steps, left=0.5, title=f"prior mean ± {span:g} s.d.")
+    axes = figure.axes[0]
+    for row, d in enumerate(walk.dims):
+        y = 1 - (row + 0.5) / len(walk.dims)
+        axes.text(-0.01, y, f"z{d}", transform=axes.transAxes, ha="right", va="center", color=GREY)
     return figure
 
 
-def curves(metrics: Sequence[dict[str, Any]]) -> "Figure":
-    """Training and validation ELBO, and validation rate and distortion, against the epoch."""
-    if not metrics:
-        raise InputError("there are no metrics to draw; train for at least one epoch")
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
-    epochs = [m["epoch"] for m in metrics]
-    marker = "o" if len(epochs) < 2 else ""
-    left, right = figure.subplots(1, 2)
-    objective = [-m["train_loss"] for m in metrics]
-    left.plot(epochs, objective, marker=marker, color=_GREY, label="training objective")
-    elbo = [m["valid_elbo"] for m in metrics]
-    left.plot(epochs, elbo, marker=marker, color=_BLUE, label="validation ELBO")
-    best = max(metrics, key=lambda m: m["valid_elbo"])
-    left.plot(best["epoch"], best["valid_elbo"], "o", color=_BLUE, markersize=5)
-    left.annotate(
-        f"best {best['valid_elbo']:.2f}",
-        (best["epoch"], best["valid_elbo"]),
-        textcoords="offset points",
-        xytext=(-4, -14),
-        ha="right",
-        fontsize=8,
-        color=_BLUE,
-    )
-    # The first epochs are far below the rest and would flatten what matters.
-    low = sorted(elbo)[len(elbo) // 10]
-    high = max([*elbo, *objective[len(objective) // 10 :]])
-    if high > low:
-        left.set_ylim(low - 0.15 * (high - low), high + 0.1 * (high - low))
-    left.set(xlabel="epoch", ylabel="nats per image")
-    left.legend(frameon=False, fontsize=8, loc="lower right")
-
-    rate = [m["valid_rate"] for m in metrics]
-    distortion = [m["valid_distortion"] for m in metrics]
-    right.plot(epochs, distortion, marker=marker, color=_ORANGE)
-    right.set_ylabel("distortion, -E log p(x | z)", color=_ORANGE)
-    right.set_xlabel("epoch")
-    twin = right.twinx()
-    twin.plot(epochs, rate, marker=marker, color=_BLUE)
-    twin.set_ylabel("rate, KL(q || p)", color=_BLUE)
-    for axes in (left, right, twin):
-        axes.spines["top"].set_visible(False)
-        axes.tick_params(labelsize=8)
-    return figure
+def manifold(vae: "VAE", size: int = 15) -> "Figure":
+    """A latent space of two dimensions, decoded on a grid even in prior probability."""
+    return _page(pictures.manifold(vae, size).cpu(), size, gap=0)
 
 
-def save(figure: "Figure", path: str | os.PathLike[str], dpi: int = 150) -> None:
-    """Write a figure as PNG, whole or not at all."""
+def save(figure: "Figure | Axes", path: str | os.PathLike[str], dpi: int = 150) -> None:
+    """Write a figure in the format its name ends in (.png, .svg, .pdf), whole or not at all."""
+    # Axes know their figure, a figure knows itself.
+    owner: Any = figure.figure
     with atomic_path(Path(path)) as temporary:
-        figure.savefig(temporary, dpi=dpi)
+        owner.savefig(temporary, dpi=dpi)
 
 
-def _page(page: Tensor) -> "Figure":
+def _page(
+    x: Tensor,
+    columns: int | None,
+    gap: int | None = None,
+    left: float = 0.0,
+    title: str | None = None,
+) -> "Figure":
+    """A figure of nothing but a sheet, with room in inches for words at its left and top."""
     from matplotlib.figure import Figure
 
+    page = sheet(x, columns, gap)
     height, width = page.shape[1:]
-    inches = 6.0
-    figure = Figure(figsize=(inches, inches * height / width))
-    axes = figure.add_axes((0.0, 0.0, 1.0, 1.0))
+    inches, top = 6.0, 0.25 if title else 0.0
+    tall = inches * height / width
+    figure = Figure(figsize=(inches + left, tall + top))
+    box = (left / (inches + left), 0.0, inches / (inches + left), tall / (tall + top))
+    axes = figure.add_axes(box)
     axes.imshow(page.permute(1, 2, 0).numpy(), interpolation="nearest")
     axes.set_axis_off()
+    if title:
+        axes.set_title(title, fontsize=8, color=GREY, pad=4)
     return figure

@@ -45,7 +45,7 @@ REPORT_KEYS = """
     data protocol split num_images num_particles log_likelihood log_likelihood_se elbo elbo_se
     rate distortion bits_per_dim active_units pareto_k_median pareto_k_above_0_7 ess_median
     device seconds
-""".split()
+"""
 
 
 class Done(NamedTuple):
@@ -338,7 +338,7 @@ def test_stopped_after_training(here: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_evaluate_as_json_and_as_text(here: Path) -> None:
     report = json.loads(ok("evaluate run --num-particles 20 --json"))
-    assert set(REPORT_KEYS) <= set(report)
+    assert set(REPORT_KEYS.split()) <= set(report)
     assert report["data"] == "x.npy"
     assert report["device"] == "cpu"
     assert report["log_likelihood"] > report["elbo"]

@@ -1,0 +1,140 @@
+"""README.md does what it says: its Python runs, its commands are understood, its table is true."""
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from pyrovae import cli
+from pyrovae import config as cfg
+from pyrovae.likelihoods import REGISTRY
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+
+# Flags put behind a command, where the last one counts, so that it is quick.
+QUICK = {
+    "train": "--epochs 1 --hidden 8 --final-particles 2 --quiet",
+    "evaluate": "--num-particles 5 --quiet",
+}
+HEAD = ["`--likelihood`", "kind", "support", "source"]
+NOT_HERE = ("--download", "photographs/")  # commands that need what a test has not
+
+
+class Block(NamedTuple):
+    """A fenced block and the line of the page that it starts on."""
+
+    language: str
+    text: str
+    line: int
+
+
+def blocks(language: str) -> list[Block]:
+    """Every fenced block of a language, in order."""
+    found = re.finditer(r"^```(\w+)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    everything = [Block(m[1], m[2], README[: m.start()].count("\n") + 2) for m in found]
+    return [b for b in everything if b.language == language]
+
+
+def commands() -> list[list[str]]:
+    """The arguments of every pyrovae command of the page, in order."""
+    lines = "\n".join(b.text for b in blocks("bash")).splitlines()
+    parts = [part for line in lines for part in line.split("&&")]
+    words = [shlex.split(part, comments=True) for part in parts]
+    return [w[1:] for w in words if w and w[0] == "pyrovae"]
+
+
+PYTHON = blocks("python")
+
+
+@pytest.mark.parametrize("block", PYTHON, ids=[f"line {b.line}" for b in PYTHON])
+def test_python_runs(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"__name__": "readme"}
+    exec(compile("\n" * (block.line - 1) + block.text, "README.md", "exec"), names)
+
+
+@pytest.mark.parametrize("argv", commands(), ids=" ".join)
+def test_command_is_understood(argv: list[str]) -> None:
+    if argv == ["--version"]:
+        return
+    args = cli.parse(argv)
+    if getattr(args, "config", None):  # read below, where the file is
+        args.config = None
+    if args.command == "train":
+        cfg.resolve(cfg.make(cfg.TrainConfig, cli.settings(args, cfg.TrainConfig)))
+    if args.command == "evaluate":
+        cfg.make(cfg.EvaluateConfig, cli.settings(args, cfg.EvaluateConfig))
+
+
+def test_commands_run_in_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for block in blocks("toml"):
+        name = block.text.splitlines()[0].removeprefix("# ")
+        Path(name).write_text(block.text, encoding="utf-8")
+    here = [argv for argv in commands() if not set(argv) & set(NOT_HERE)]
+    for argv in here:
+        if argv == ["--version"]:
+            with pytest.raises(SystemExit) as stopped:
+                cli.main(argv)
+            status: Any = stopped.value.code
+        else:
+            resumed = "--resume" in argv  # which may not change the network, and needs its epochs
+            status = cli.main([*argv, *("" if resumed else QUICK.get(argv[0], "")).split()])
+        out, err = capsys.readouterr()
+        assert status == 0, (argv, err)
+        assert out, argv
+    first = shlex.split(blocks("bash")[0].text)
+    assert first[-2:] == ["--out", "runs/first"]
+    for name in ("config.json", "samples.png", "reconstructions.png", "evaluation.json"):
+        assert (tmp_path / "runs/first" / name).is_file()
+    assert (tmp_path / "samples.png").is_file()
+    assert (tmp_path / "recon.png").is_file()
+
+
+def test_first_two_blocks_are_the_promised_commands() -> None:
+    first, second, *_ = blocks("bash")
+    assert first.text.startswith("pip install -e . && pyrovae train ")
+    assert first.text.count("\n") == 1
+    assert shlex.split(first.text)[shlex.split(first.text).index("--final-particles") + 1] == "1000"
+    assert second.text == "pip install -e '.[test]' && pytest\n"
+
+
+def test_table_of_likelihoods_is_the_registry() -> None:
+    section = README.split("## The likelihoods")[1].split("\n## ")[0]
+    rows = [[c.strip() for c in line.strip("|").split("|")] for line in section.splitlines()]
+    table = {row[0].strip("`"): row[1:] for row in rows[rows.index(HEAD) + 2 :] if len(row) == 4}
+    assert list(table) == list(REGISTRY)
+    for name, (kind, support, source) in table.items():
+        likelihood = REGISTRY[name]
+        assert (kind, support) == (likelihood.kind, likelihood.support)
+        doc = " ".join((likelihood.__doc__ or "").split())
+        year = re.search(r"\((\d{4})\)", source)
+        assert year, f"{name}: no year"
+        assert year[1] in doc, f"{name}: another year than the docstring's"
+        for address in re.findall(r"https://[^)]+", source):
+            assert address in doc, f"{name}: another address than the docstring's"
+
+
+def test_links_lead_somewhere() -> None:
+    root = Path(__file__).parents[1]
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if "://" not in link]
+    assert links
+    for link in links:
+        assert (root / link).is_file(), link
+
+
+@pytest.mark.parametrize("kind", ["likelihood", "prior", "posterior", "network", "objective"])
+def test_counts_are_right(kind: str) -> None:
+    numbers = {3: "three", 4: "four", 5: "five", 10: "ten"}
+    word = numbers[len(cfg.NAMES[kind])]
+    plural = f"{kind}s" if kind != "likelihood" else "likelihoods"
+    assert re.search(rf"\b{word}\s+{plural}\b", README, re.IGNORECASE)
+
+
+def test_every_data_set_is_named() -> None:
+    for name in cfg.NAMES["data"]:
+        assert f"`{name}`" in README

@@ -146,7 +146,12 @@ def _iso_elbo(ax: "Axes") -> None:
         x = min(right, total - bottom)
         if left < x and bottom <= total - x < top:
             ax.annotate(
-                f"ELBO {_number(-total, 'g')} ", (x, total - x), fontsize=7, color=GREY, ha="right", va="bottom"
+                f"ELBO {_number(-total, 'g')} ",
+                (x, total - x),
+                fontsize=7,
+                color=GREY,
+                ha="right",
+                va="bottom",
             )
     ax.set(xlim=(left, right), ylim=(bottom, top))
 
@@ -272,14 +277,14 @@ def latents(
             marker = _MARKERS[i // len(LABELS) % len(_MARKERS)]
             ax.plot(*mine.T.tolist(), marker, color=LABELS[i % len(LABELS)], **style)
         for i, label in enumerate(kinds if len(kinds) <= 20 else ()):
-            middle = points[labels == label].median(0).values.tolist()
+            x, y = points[labels == label].median(0).values.tolist()
             box = {
                 "boxstyle": "round,pad=0.2",
                 "facecolor": PAPER,
                 "edgecolor": LABELS[i % len(LABELS)],
             }
             ax.annotate(
-                f"{label}", middle, ha="center", va="center", fontsize=_SIZE, color=INK, bbox=box
+                f"{label}", (x, y), ha="center", va="center", fontsize=_SIZE, color=INK, bbox=box
             )
     if means.shape[1] > 2:
         ax.set_aspect("equal", "datalim")

@@ -69,8 +69,10 @@ Options = dict[str, Any]
 # What NumPy's generators take, which draw the split.
 LARGEST_SEED = 2**32 - 1
 
-# Training images offered to a VampPrior to start its pseudo-inputs from.
-_INITIAL_IMAGES = 5000
+# Training images that the output bias and the pseudo-inputs start from: at most so many, and so
+# many pixels, since a mixture over large colour images is slow.
+_INITIAL_IMAGES = 1000
+_INITIAL_NUMBERS = 800_000
 
 
 def _setting(
@@ -422,10 +424,11 @@ def _build(
         prior = _construct("--prior", prior_class, config.prior_args, first)
         decoder = pair.decoder(config.latent_dim, likelihood.params_shape, **shape)
         vae = VAE(prior=prior, posterior=posterior, decoder=decoder, likelihood=likelihood)
-        if prior_class.needs_posterior and data is not None:
+        if data is not None:
+            count = min(_INITIAL_IMAGES, max(64, _INITIAL_NUMBERS // math.prod(x_shape)))
             generator = torch.Generator().manual_seed(config.seed)
-            index = torch.randperm(len(data.train), generator=generator)[:_INITIAL_IMAGES]
-            prior.initialize(data.train.batch(index, generator))
+            index = torch.randperm(len(data.train), generator=generator)[:count]
+            vae.initialize(data.train.batch(index, generator))
     return vae
 
 

@@ -6,11 +6,15 @@ log-likelihoods and negates them. `psis` gives the same answer on both.
 """
 
 import warnings
+from collections.abc import Mapping
+from importlib.metadata import version
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from pyrovae.errors import InputError
 
 # A generalised Pareto distribution is fitted to the largest fifth of the weights; ArviZ asks for
 # more than four of them.
@@ -75,3 +79,25 @@ def _psislw(log_weights: np.ndarray) -> tuple[Any, Any]:
     top = smoothed.max(-1, keepdims=True)
     total = top + np.log(np.exp(smoothed - top).sum(-1, keepdims=True))
     return smoothed - total, k
+
+
+def inference_data(groups: Mapping[str, Any], attrs: Mapping[str, Any]) -> Any:
+    """Gather xarray Datasets, by group, in an ``arviz.InferenceData``; ArviZ 0.23 alone has it.
+
+    Args:
+        groups: name of a group -> Dataset.
+        attrs: of the whole.
+
+    Raises:
+        InputError: with ArviZ 1.x, whose container is xarray's DataTree.
+    """
+    if int(version("arviz").split(".")[0]) >= 1:
+        raise InputError(
+            f"ArviZ {version('arviz')} has no InferenceData any more; use to_datatree, which its "
+            "functions take in its place"
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # as in _psislw
+        import arviz
+
+        return arviz.InferenceData(attrs=dict(attrs), **groups)

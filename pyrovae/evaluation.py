@@ -10,8 +10,22 @@ from torch import Tensor
 
 from pyrovae import importance
 from pyrovae.data import Split
-from pyrovae.diagnostics import psis
 from pyrovae.errors import InputError
+from pyrovae.estimates import PerImage, curve_sizes, delta_error, estimate
+from pyrovae.importance import GUIDE
+from pyrovae.information import Information, information
+from pyrovae.proposals import Proposal
+
+__all__ = [
+    "Bound",
+    "Evaluation",
+    "PerImage",
+    "active_units",
+    "bits_per_dim",
+    "delta_error",
+    "estimate",
+    "evaluate",
+]
 
 _NATS_PER_BIT = math.log(2)
 # Above it, the mean of the weights converges too slowly for any error bar to hold.
@@ -20,25 +34,12 @@ TRUSTED_K = 0.7
 SMALLEST_K = 25
 
 
-class PerImage(NamedTuple):
-    """What was estimated for each image, float64 tensors (N,) on the CPU, in nats."""
+class Bound(NamedTuple):
+    """One point of the curve of bounds: a mean over images and its standard error, in nats."""
 
-    log_likelihood: Tensor
-    elbo: Tensor
-    rate: Tensor
-    distortion: Tensor
-    pareto_k: Tensor
-    ess: Tensor
-    mc_error: Tensor
-    """Standard error of log_likelihood over draws of z, by the delta method; NaN for K = 1."""
-    bias: Tensor
-    """E[log_likelihood] - log p(x) to first order in 1/K, never positive; NaN for K = 1."""
-    psis_log_likelihood: Tensor
-    """The estimate from Pareto-smoothed weights."""
-    posterior_mean: Tensor
-    """(N, D) E_q[z | x]."""
-    posterior_mean_error: Tensor
-    """(N, D) variance of that mean's Monte-Carlo error: 0 in closed form, NaN for a single draw."""
+    num_particles: int
+    bound: float
+    se: float
 
 
 class Evaluation(NamedTuple):
@@ -46,7 +47,8 @@ class Evaluation(NamedTuple):
 
     Means are over images, in nats per image; a ``_se`` is the standard error of that mean over
     images. ``log_likelihood`` is the importance-weighted estimate with K = ``num_particles``
-    draws, a lower bound of log p(x) on average.
+    draws of the proposal, a lower bound of log p(x) on average. ELBO, rate, distortion and what
+    follows from them speak of the guide, whatever the proposal.
     """
 
     data: str
@@ -57,6 +59,8 @@ class Evaluation(NamedTuple):
     num_images: int
     num_particles: int
     seed: int
+    proposal: str
+    """What z was drawn from, in words."""
     log_likelihood: float
     log_likelihood_se: float
     log_likelihood_mc_error: float
@@ -65,12 +69,18 @@ class Evaluation(NamedTuple):
     """How far log_likelihood lies below log p(x), to first order in 1/K: zero or negative."""
     psis_log_likelihood: float
     """The estimate from Pareto-smoothed weights: steadier where few draws carry the raw one."""
+    curve: list[Bound]
+    """The importance-weighted bound at K' = 1, 10, 100, ... and K, from the same draws."""
     elbo: float
     elbo_se: float
     rate: float
     """KL(q(z | x) || p(z)), estimated by the mean of log q(z | x) - log p(z)."""
+    rate_se: float
     distortion: float
     """-E_q[log p(x | z)]; elbo = -(rate + distortion)."""
+    distortion_se: float
+    information: Information | None
+    """The parts of the rate, of the first images; None if they were not asked for."""
     bits_per_dim: float | None
     """-log2 P(x) per dimension, on the levels; None where x lies on no levels."""
     active_units: int | None
@@ -89,7 +99,9 @@ class Evaluation(NamedTuple):
     def to_dict(self) -> dict[str, Any]:
         """The summary as plain JSON values (NaN as None), without the per-image tensors."""
         summary = {name: value for name, value in self._asdict().items() if name != "per_image"}
-        return {name: None if value != value else value for name, value in summary.items()}
+        summary["curve"] = [[_plain(value) for value in point] for point in self.curve]
+        summary["information"] = None if self.information is None else self.information.to_dict()
+        return {name: _plain(value) for name, value in summary.items()}
 
     def __str__(self) -> str:
         k = "not estimated"
@@ -98,28 +110,55 @@ class Evaluation(NamedTuple):
         bits = "-" if self.bits_per_dim is None else f"{self.bits_per_dim:.4f}"
         units = "-" if self.active_units is None else self.active_units
         rows = [
-            (
-                "log p(x)",
-                f"{self.log_likelihood:.3f} ± {self.log_likelihood_se:.3f} nats per image",
-            ),
-            (
-                "from the draws",
-                f"± {self.log_likelihood_mc_error:.4f}, bias about {self.bias:.4f}; smoothed "
-                f"weights give {self.psis_log_likelihood:.3f}",
-            ),
-            ("ELBO", f"{self.elbo:.3f} ± {self.elbo_se:.3f}"),
-            ("rate + distortion", f"{self.rate:.3f} + {self.distortion:.3f}"),
+            ("log p(x)", f"{_with_se(self.log_likelihood, self.log_likelihood_se)} nats per image"),
+            ("", f"± {self.log_likelihood_mc_error:.4f} and {self.bias:.4f} (bias) from the draws"),
+            ("smoothed", f"{self.psis_log_likelihood:.3f} with Pareto-smoothed weights"),
+            ("bound at K", ", ".join(f"{k}: {value:.3f}" for k, value, _ in self.curve)),
+            ("ELBO", _with_se(self.elbo, self.elbo_se)),
+            ("rate", _with_se(self.rate, self.rate_se)),
+            *self._parts_of_the_rate(),
+            ("distortion", _with_se(self.distortion, self.distortion_se)),
             ("bits per dim", bits),
             ("active units", f"{units} of {self.per_image.posterior_mean.shape[1]}"),
             ("Pareto k", k),
-            ("trust", self.trust),
+            ("", self.trust),
             ("ESS", f"median {self.ess_median:.1f} of {self.num_particles}"),
             ("images", f"{self.num_images:,} of the {self.split} split"),
-            ("particles", f"K = {self.num_particles}, seed {self.seed}"),
+            ("particles", f"K = {self.num_particles}, seed {self.seed}; {self.proposal}"),
             ("protocol", f"{self.protocol}; a {self.kind}"),
             ("time", f"{self.seconds:.1f} s on {self.device}"),
         ]
+        if self.num_particles == 1:  # one draw knows neither its error nor a curve
+            rows = [row for i, row in enumerate(rows) if i not in (1, 2, 3)]
         return "\n".join(f"{name:<18} {value}" for name, value in rows)
+
+    def _parts_of_the_rate(self) -> list[tuple[str, str]]:
+        parts = self.information
+        if parts is None:
+            return []
+        rows = []
+        if parts.mutual_information is not None and parts.aggregate_kl is not None:
+            rows.append(
+                (
+                    "",
+                    f"= I(x; z) {parts.mutual_information:.2f} + KL(q(z) || p(z)) "
+                    f"{parts.aggregate_kl:.2f} on {parts.num_images:,} images, where I is at most "
+                    f"{parts.limit:.2f}",
+                )
+            )
+        if parts.dimensions.mean is not None:
+            largest = parts.dimensions.mean.sort(descending=True).values[:8].tolist()
+            more = ", ..." if len(parts.dimensions.mean) > 8 else ""
+            rows.append(("", f"= {' + '.join(f'{v:.2f}' for v in largest)}{more} by dimension"))
+        return rows
+
+
+def _with_se(value: float, se: float) -> str:
+    return f"{value:.3f}" if se != se else f"{value:.3f} ± {se:.3f}"
+
+
+def _plain(value: Any) -> Any:
+    return None if value != value else value
 
 
 def evaluate(
@@ -128,28 +167,33 @@ def evaluate(
     num_particles: int = 1000,
     *,
     seed: int = 0,
+    proposal: Proposal = GUIDE,
+    information_images: int = 500,
     device: str | torch.device | None = None,
     memory: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Evaluation:
     """Estimate log p(x) for every image of a split by importance sampling with the guide.
 
-    ``log p(x) ~ log (1/K) sum_k p(x, z_k) / q(z_k | x)``, z_k ~ q(z | x). The answer is a function
-    of (weights, data, K, seed): how images and particles are cut into chunks moves it by rounding
-    alone. No handler around the programs, such as a KL weight, can enter.
+    ``log p(x) ~ log (1/K) sum_k p(x, z_k) / q(z_k | x)``, z_k ~ q(z | x), q being the guide or
+    the proposal made of it. The answer is a function of (weights, data, K, seed, proposal): how
+    images and particles are cut into chunks moves it by rounding alone. No handler around the programs, such as a KL weight, can enter.
 
     Args:
         vae: a `pyrovae.VAE`, or any other `importance.Programs`.
         split: such as ``data.test``; sampled once, so that two models see the same x.
         num_particles: K >= 1.
         seed: of the draws of z.
+        proposal: what z is drawn from: `proposals.Proposal("guide" | "wide" | "defensive")`.
+        information_images: split the rate of that many images, the first, into its parts; 0: none.
         device: where to compute; default: where the VAE is.
         memory: bytes that one chunk may take; default: 64 MiB on a CPU, a quarter of the free
             memory on a GPU.
         progress: called with the number of images done.
 
     Raises:
-        InputError: for K < 1, or data outside the likelihood's support.
+        InputError: for K < 1, data outside the likelihood's support, or a proposal that cannot be
+            made of the guide.
 
     Source: Burda et al., Importance Weighted Autoencoders (2016),
     https://arxiv.org/abs/1509.00519
@@ -164,7 +208,7 @@ def evaluate(
     x = split.tensor()
     likelihood.check(x)
 
-    chosen = importance.plan(model, guide, x[:1].to(here), num_particles, memory)
+    chosen = importance.plan(model, guide, x[:1].to(here), num_particles, memory, proposal)
     batches = []
     for start in range(0, len(x), chosen.images):
         part = x[start : start + chosen.images].to(here)
@@ -177,112 +221,24 @@ def evaluate(
                 chunk=chosen.particles,
                 seed=seed,
                 first_image=start,
+                proposal=proposal,
             )
         )
         if progress is not None:
             progress(min(start + chosen.images, len(x)))
     images = PerImage(*(torch.cat(column) for column in zip(*batches, strict=True)))
+    first = x[:information_images].to(here)
     return _summarise(
         images,
         split,
+        parts=information(model, guide, first, seed=seed) if len(first) else None,
+        proposal=str(proposal),
         kind=str(likelihood.kind),
         num_particles=num_particles,
         seed=seed,
         device=str(here),
         seconds=time.perf_counter() - started,
     )
-
-
-def estimate(
-    model: importance.Program,
-    guide: importance.Program,
-    x: Tensor,
-    num_particles: int,
-    *,
-    chunk: int,
-    seed: int = 0,
-    first_image: int = 0,
-) -> PerImage:
-    """Everything `evaluate` reports, for the images of one batch x (B, *x_shape).
-
-    Args:
-        model: Pyro program with the observed sites, in a plate over images at dim -1.
-        guide: Pyro program with the latent sites, in the same plate.
-        x: (B, *x_shape).
-        num_particles: K >= 1.
-        chunk: particles computed at once.
-        seed: of the draws.
-        first_image: position of x[0] in its data set; the draws belong to positions.
-    """
-    weights, rate, distortion = [], [], []
-    sums = squares = torch.zeros((), dtype=torch.float64)
-    for terms in importance.chunks(
-        model, guide, x, num_particles, chunk=chunk, seed=seed, first_image=first_image
-    ):
-        weights.append(terms.log_weights.double().cpu())
-        rate.append((terms.log_posterior - terms.log_prior).double().sum(0).cpu())
-        distortion.append(-terms.log_likelihood.double().sum(0).cpu())
-        z = torch.cat(
-            [v.flatten(2) if v.dim() > 2 else v.unsqueeze(-1) for v in terms.latents.values()], -1
-        ).double()
-        sums = sums + z.sum(0).cpu()
-        squares = squares + (z * z).sum(0).cpu()
-    log_w = torch.cat(weights)
-    k, ess, smoothed = psis(log_w)
-    log_likelihood = importance.log_mean_exp(log_w)
-    mc_error = delta_error(log_w)
-    mean, error = _posterior_mean(guide, x, sums, squares, num_particles)
-    return PerImage(
-        log_likelihood=log_likelihood,
-        elbo=log_w.mean(0),
-        rate=torch.stack(rate).sum(0) / num_particles,
-        distortion=torch.stack(distortion).sum(0) / num_particles,
-        pareto_k=k,
-        ess=ess,
-        mc_error=mc_error,
-        bias=-0.5 * mc_error**2,
-        psis_log_likelihood=_from_smoothed(log_w, smoothed),
-        posterior_mean=mean,
-        posterior_mean_error=error,
-    )
-
-
-def delta_error(log_weights: Tensor) -> Tensor:
-    """Standard error of log((1/K) sum_k w_k) by the delta method, (B,); NaN for K = 1.
-
-    ``sqrt(var(w) / K) / mean(w)``. To the same order, the expectation of the estimate lies half
-    the square of it below log p(x).
-
-    Args:
-        log_weights: (K, B), in nats.
-
-    >>> delta_error(torch.tensor([[0.0], [math.log(3.0)]], dtype=torch.float64))
-    tensor([0.5000], dtype=torch.float64)
-    """
-    w = torch.exp(log_weights - log_weights.amax(0))
-    if len(w) == 1:
-        return torch.full_like(w[0], math.nan)
-    return w.std(0) / w.mean(0) / math.sqrt(len(w))
-
-
-def _from_smoothed(log_w: Tensor, smoothed: Tensor) -> Tensor:
-    # Smoothing changes the largest fifth of the weights at most, then divides all by their sum.
-    # The median ratio is thus that of an unchanged weight, and it is the sum.
-    return torch.nanmedian(log_w - smoothed, 0).values - math.log(len(log_w))
-
-
-def _posterior_mean(
-    guide: importance.Program, x: Tensor, sums: Tensor, squares: Tensor, num_particles: int
-) -> tuple[Tensor, Tensor]:
-    exact = importance.latent_mean(guide, x)
-    if exact is not None:
-        exact = exact.double().cpu()
-        return exact, torch.zeros_like(exact)
-    mean = sums / num_particles
-    if num_particles == 1:
-        return mean, torch.full_like(mean, math.nan)
-    variance = (squares / num_particles - mean**2).clamp(min=0) / (num_particles - 1)
-    return mean, variance
 
 
 def active_units(
@@ -329,6 +285,8 @@ def _summarise(
     images: PerImage,
     split: Split,
     *,
+    parts: Information | None,
+    proposal: str,
     kind: str,
     num_particles: int,
     seed: int,
@@ -349,15 +307,23 @@ def _summarise(
         num_images=n,
         num_particles=num_particles,
         seed=seed,
+        proposal=proposal,
         log_likelihood=log_likelihood,
         log_likelihood_se=_standard_error(images.log_likelihood),
         log_likelihood_mc_error=float(images.mc_error.norm() / n),
         bias=float(images.bias.mean()),
         psis_log_likelihood=float(images.psis_log_likelihood.mean()),
+        curve=[
+            Bound(size, float(column.mean()), _standard_error(column))
+            for size, column in zip(curve_sizes(num_particles), images.bounds.T, strict=True)
+        ],
         elbo=float(images.elbo.mean()),
         elbo_se=_standard_error(images.elbo),
         rate=float(images.rate.mean()),
+        rate_se=_standard_error(images.rate),
         distortion=float(images.distortion.mean()),
+        distortion_se=_standard_error(images.distortion),
+        information=parts,
         bits_per_dim=bits_per_dim(log_likelihood, kind, levels, math.prod(split.x_shape)),
         active_units=_count_active(images),
         pareto_k_median=float(known.median()) if len(known) else None,

@@ -9,30 +9,33 @@ import base64
 import dataclasses
 import html
 import json
-import math
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import pyrovae
 from pyrovae import config as cfg
-from pyrovae import likelihoods, networks, priors
+from pyrovae import priors
 from pyrovae.data import Split
 from pyrovae.errors import InputError
 from pyrovae.evaluation import active_units
+from pyrovae.explore_specs import Spec, decoder_spec, likelihood_spec
 from pyrovae.plots import is_picture
 from pyrovae.runs import Run, atomic_path
 from pyrovae.vae import VAE
 
-Spec = dict[str, Any]
-
-SCRIPTS = ("explore_networks.js", "explore_likelihoods.js", "explore.js")
+SCRIPTS = (
+    "explore_networks.js",
+    "explore_likelihoods.js",
+    "explore_map.js",
+    "explore_images.js",
+    "explore.js",
+)
 
 # The encodings on the map: beyond this they hide each other, and cost more bytes than the decoder.
 _MOST_POINTS, _LEAST_POINTS, _MOST_NUMBERS = 1000, 200, 100_000
@@ -66,7 +69,7 @@ def write_explorer(
             cannot be written.
     """
     run = run if isinstance(run, Run) else Run(run)
-    path = _out_path(run.path / "explore.html" if out is None else out)
+    path = run.path / "explore.html" if out is None else _checked_out(out)
     say = progress or (lambda _: None)
     config = cfg.run_config(run)
     vae = cfg.load(run)
@@ -155,149 +158,6 @@ def explorer_page(
     }
     # In one pass: what is put in is not searched again.
     return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], _asset("explore.html"))
-
-
-def decoder_spec(decoder: nn.Module) -> tuple[list[Spec], Tensor]:
-    """The layers of a decoder as plain values, and their weights end to end, float32 (N,).
-
-    Raises:
-        InputError: for a decoder that is not made of the layers of `pyrovae.networks`.
-    """
-    whole = isinstance(decoder, networks.Decoder) and (
-        type(decoder).forward is networks.Decoder.forward
-    )
-    if not whole:
-        raise InputError(
-            f"the explorer runs decoders of pyrovae.networks; got {type(decoder).__name__}. "
-            "Subclass networks.Decoder, and give its layers in _build"
-        )
-    assert isinstance(decoder, networks.Decoder)
-    store: list[Tensor] = []
-    layers, _ = _chain(decoder.layers, (decoder.latent_dim,), store)
-    return layers, torch.cat([w.detach().float().cpu().flatten() for w in store])
-
-
-def likelihood_spec(likelihood: likelihoods.Likelihood) -> Spec:
-    """A likelihood as plain values: its name, and whatever is not given by the decoder.
-
-    Raises:
-        InputError: for a class that is not in `likelihoods.REGISTRY`.
-    """
-    names = {cls: name for name, cls in likelihoods.REGISTRY.items()}
-    if type(likelihood) not in names:
-        raise InputError(
-            f"the explorer knows the likelihoods {', '.join(names.values())}; got "
-            f"{type(likelihood).__name__}. Add it to explore_likelihoods.js and the registry"
-        )
-    spec: Spec = {
-        "name": names[type(likelihood)],
-        "elements": math.prod(likelihood.x_shape),
-        "levels": likelihood.levels,
-    }
-    if isinstance(likelihood, likelihoods.LocationScale):
-        fixed = likelihood.num_params == 1
-        scale = likelihood.loc_scale(torch.zeros(1))[1] if fixed else None
-        spec |= {
-            "centre": likelihood.centre,
-            "spread": likelihood.spread,
-            "scale": None if scale is None else float(scale),
-        }
-    if isinstance(likelihood, likelihoods.StudentT):
-        spec["df"] = float(likelihood.df)
-    if isinstance(likelihood, likelihoods.DiscretizedLogisticMixture):
-        spec |= {"components": likelihood.components, "coupling": likelihood.coupling}
-    return spec
-
-
-_ACTIVATIONS = {activation.module: name for name, activation in networks.ACTIVATIONS.items()}
-
-
-def _chain(
-    modules: Iterable[nn.Module], shape: tuple[int, ...], store: list[Tensor]
-) -> tuple[list[Spec], tuple[int, ...]]:
-    """The layers of one module after another, and the shape that comes out of them."""
-    layers: list[Spec] = []
-    for module in modules:
-        if isinstance(module, nn.Sequential):
-            inner, shape = _chain(module, shape, store)
-            layers += inner
-        elif isinstance(module, nn.Flatten):
-            shape = (math.prod(shape),)
-        elif isinstance(module, nn.Unflatten):
-            shape = tuple(module.unflattened_size)
-        elif isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
-            spec = _convolution(module, shape, store)
-            layers.append(spec)
-            shape = (spec["outputs"], *spec["sides"][2:])
-        elif isinstance(module, networks.ResidualBlock):
-            inner, _ = _chain(module.layers, shape, store)
-            layers.append({"kind": "residual", "size": math.prod(shape), "layers": inner})
-        elif isinstance(module, networks.GatedLinear):
-            value, gate = _linear(module.value, store), _linear(module.gate, store)
-            layers.append({"kind": "gated", "value": value, "gate": gate})
-            shape = (value["outputs"],)
-        elif isinstance(module, nn.Linear):
-            layers.append(_linear(module, store))
-            shape = (module.out_features,)
-        # Its repr tells whether it has a setting, such as the slope of a leaky ReLU.
-        elif type(module) in _ACTIVATIONS and repr(module) == repr(type(module)()):
-            name = _ACTIVATIONS[type(module)]
-            layers.append({"kind": "activation", "size": math.prod(shape), "name": name})
-        else:
-            raise _unknown(module)
-    return layers, shape
-
-
-def _unknown(module: nn.Module) -> InputError:
-    shown = " ".join(repr(module).split())
-    return InputError(
-        f"the explorer cannot run the decoder's layer {shown[:120]}; build the decoder from the "
-        f"layers of pyrovae.networks and its activations ({', '.join(networks.ACTIVATIONS)})"
-    )
-
-
-def _linear(module: nn.Module, store: list[Tensor]) -> Spec:
-    assert isinstance(module, nn.Linear)
-    sizes = {"inputs": module.in_features, "outputs": module.out_features}
-    return {"kind": "linear", **sizes, **_stored(module, module.out_features, store)}
-
-
-def _stored(module: nn.Module, outputs: int, store: list[Tensor]) -> Spec:
-    """Where the weight and the bias of a layer begin."""
-    weight, bias = module.get_parameter("weight"), module.bias
-    start = sum(w.numel() for w in store)
-    store += [weight, weight.new_zeros(outputs) if bias is None else bias]  # type: ignore[list-item]
-    return {"weight": start, "bias": start + weight.numel()}
-
-
-def _convolution(
-    module: nn.Conv2d | nn.ConvTranspose2d, shape: tuple[int, ...], store: list[Tensor]
-) -> Spec:
-    kernel, stride, padding = module.kernel_size[0], module.stride[0], int(module.padding[0])
-    plain = type(module)(
-        module.in_channels, module.out_channels, kernel, stride, padding, device="meta"
-    )
-    if repr(module).replace(", bias=False", "") != repr(plain):
-        raise _unknown(module)
-    _, height, width = shape
-    transposed = isinstance(module, nn.ConvTranspose2d)
-
-    def resized(side: int) -> int:
-        if transposed:
-            return (side - 1) * stride - 2 * padding + kernel
-        return (side + 2 * padding - kernel) // stride + 1
-
-    return {
-        "kind": "convolution",
-        "transposed": transposed,
-        "inputs": module.in_channels,
-        "outputs": module.out_channels,
-        "kernel": kernel,
-        "stride": stride,
-        "padding": padding,
-        "sides": [height, width, resized(height), resized(width)],
-        **_stored(module, module.out_channels, store),
-    }
 
 
 @torch.no_grad()
@@ -403,10 +263,10 @@ def _test_split(run: Run, data_root: str | None) -> Split:
     return dataset.test
 
 
-def _out_path(out: str | os.PathLike[str]) -> Path:
+def _checked_out(out: str | os.PathLike[str]) -> Path:
     path = Path(out)
     if path.suffix.lower() not in (".html", ".htm"):
         raise InputError(f"--out expects a file ending in .html, got {str(out)!r}")
-    if path.is_dir():
-        raise InputError(f"cannot write {path}: it is a folder; give --out a file name")
+    if path.is_dir() or not path.parent.is_dir():
+        raise InputError(f"cannot write {path}: its folder must exist; check --out")
     return path

@@ -4,24 +4,31 @@ Everything here takes any pair of Pyro programs ``model(x)`` and ``guide(x)`` wh
 lie in a plate over the images at dim -1; it never asks for a VAE.
 """
 
-import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple, Protocol
 
 import pyro
 import torch
 from pyro import poutine
-from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
-from torch.distributions import Distribution, Independent, MultivariateNormal, Normal
-from torch.distributions import TransformedDistribution as Transformed
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyrovae.errors import InputError
+from pyrovae.proposals import (
+    IMAGE_BLOCK,
+    PARTICLE_BLOCK,
+    FromNoise,
+    Noise,
+    NoNormalBaseError,
+    Proposal,
+    from_noise,
+)
 
 Program = Callable[[Tensor], Any]
+
+GUIDE = Proposal()
 
 
 class Programs(Protocol):
@@ -56,13 +63,6 @@ class Programs(Protocol):
         """As of torch.nn.Module."""
 
 
-# Noise belongs to an image and a particle, whatever chunk they are computed in. It is drawn in
-# blocks of this many images by this many particles, each with a seed of its own: large enough
-# that seeding costs nothing beside drawing, small enough that little is drawn in vain.
-IMAGE_BLOCK = 16
-PARTICLE_BLOCK = 64
-
-
 class LogTerms(NamedTuple):
     """The parts of the log-weights, each (K, B), in nats, and the draws they belong to."""
 
@@ -71,7 +71,7 @@ class LogTerms(NamedTuple):
     log_prior: Tensor
     """log p(z): the latent sites of the model."""
     log_posterior: Tensor
-    """log q(z | x): the sites of the guide."""
+    """log q(z | x): the sites of the guide, or of the proposal made from it."""
     latents: dict[str, Tensor]
     """Site name -> draw, (K, B, *event)."""
 
@@ -121,88 +121,6 @@ def log_terms(model: Program, guide: Program, x: Tensor, num_particles: int) -> 
         return _score(model, trace, x, num_particles)
 
 
-class Noise(NamedTuple):
-    """Standard-normal noise that belongs to (seed, site, image, particle), not to a chunk."""
-
-    seed: int
-    images: range
-    """Positions of the batch's images in their data set."""
-    particles: range
-
-    def draw(self, site: str, event_shape: torch.Size, like: Tensor) -> Tensor:
-        """Noise of shape (len(particles), len(images), *event_shape), of ``like``'s kind."""
-        rows = []
-        for p in _blocks(self.particles, PARTICLE_BLOCK):
-            row = [self._block(site, p, i, event_shape, like) for i in self._image_blocks()]
-            keep = slice(self.images.start % IMAGE_BLOCK, None)
-            rows.append(torch.cat(row, 1)[:, keep][:, : len(self.images)])
-        start = self.particles.start % PARTICLE_BLOCK
-        return torch.cat(rows)[start : start + len(self.particles)]
-
-    def _image_blocks(self) -> range:
-        return _blocks(self.images, IMAGE_BLOCK)
-
-    def _block(self, site: str, p: int, i: int, event: torch.Size, like: Tensor) -> Tensor:
-        key = f"{self.seed}/{site}/{p}/{i}".encode()
-        generator = torch.Generator(like.device)
-        generator.manual_seed(int.from_bytes(hashlib.blake2b(key, digest_size=8).digest()) >> 1)
-        shape = (PARTICLE_BLOCK, IMAGE_BLOCK, *event)
-        return torch.randn(shape, generator=generator, dtype=like.dtype, device=like.device)
-
-
-def _blocks(indices: range, size: int) -> range:
-    return range(indices.start // size, -(-indices.stop // size))
-
-
-def from_noise(q: Distribution, noise: Callable[[torch.Size], Tensor]) -> Tensor | None:
-    """z = g(noise) with z ~ q for noise ~ N(0, 1), or None if q is not made of normals.
-
-    ``noise(event_shape)`` returns (..., *event_shape), broadcastable to q's batch shape.
-    """
-    if isinstance(q, Transformed):
-        z = from_noise(_to_event(q.base_dist, len(q.event_shape)), noise)
-        for transform in q.transforms if z is not None else ():
-            z = transform(z)
-        return z
-    event = q.event_shape
-    while isinstance(q, Independent):
-        q = q.base_dist
-    if isinstance(q, Normal):
-        return q.loc + q.scale * noise(event)
-    if isinstance(q, MultivariateNormal):
-        eps = noise(event).unsqueeze(-1)
-        return q.loc + (q._unbroadcasted_scale_tril @ eps).squeeze(-1)
-    return None
-
-
-def _to_event(q: Distribution, event_dim: int) -> Distribution:
-    missing = event_dim - len(q.event_shape)
-    return Independent(q, missing) if missing > 0 else q
-
-
-class _FromNoise(Messenger):
-    """Gives every sample site of a guide its value from explicit noise."""
-
-    def __init__(self, noise: Noise, like: Tensor):
-        super().__init__()
-        self.noise = noise
-        self.like = like
-
-    def _pyro_sample(self, msg: dict[str, Any]) -> None:
-        if msg["is_observed"] or msg["done"] or _is_bookkeeping(msg):
-            return
-        name = msg["name"]
-        value = from_noise(msg["fn"], lambda event: self.noise.draw(name, event, self.like))
-        if value is None:
-            raise _NoNormalBaseError(name)
-        msg["value"] = value
-        msg["done"] = True
-
-
-class _NoNormalBaseError(Exception):
-    pass
-
-
 def chunks(
     model: Program,
     guide: Program,
@@ -212,19 +130,43 @@ def chunks(
     chunk: int,
     seed: int,
     first_image: int = 0,
+    proposal: Proposal = GUIDE,
 ) -> Iterator[LogTerms]:
     """Terms of ``num_particles`` draws for one batch, ``chunk`` particles at a time, no gradient.
 
     A guide with a single latent site is run, and x encoded, only once. Draws are a function of
     (seed, site, image, particle), so they do not depend on the chunk or the batch.
+
+    Args:
+        model: Pyro program with the observed sites, in a plate over images at dim -1.
+        guide: Pyro program with the latent sites, in the same plate.
+        x: (B, *x_shape).
+        num_particles: K >= 1.
+        chunk: particles computed at once.
+        seed: of the draws.
+        first_image: position of x[0] in its data set; the draws belong to positions.
+        proposal: what z is drawn from: the guide, or what is made of it.
+
+    Raises:
+        InputError: for K < 1, a site outside the plate of images, or a guide that is not made of
+            normals where the proposal asks for one that is.
     """
     _check_particles(num_particles)
+    images = range(first_image, first_image + len(x))
     with torch.no_grad(), _isolated_params():
         draw = _sampler(guide, x)
         for start in range(0, num_particles, chunk):
             particles = range(start, min(start + chunk, num_particles))
-            noise = Noise(seed, range(first_image, first_image + len(x)), particles)
-            yield _score(model, draw(noise), x, len(particles))
+            with _validated_once(start):
+                trace = draw(Noise(seed, images, particles, proposal))
+                terms = _score(model, trace, x, len(particles), proposal, num_particles)
+            yield terms
+
+
+def _validated_once(start: int) -> AbstractContextManager[None]:
+    # Pyro checks every value of every site against its support, which costs a tenth of the time
+    # and, on a GPU, a wait for each. Later chunks have the same sites as the first.
+    return pyro.validation_enabled(False) if start > 0 else nullcontext()
 
 
 def _sampler(guide: Program, x: Tensor) -> Callable[[Noise], poutine.Trace]:
@@ -233,10 +175,15 @@ def _sampler(guide: Program, x: Tensor) -> Callable[[Noise], poutine.Trace]:
     names = [n for n, site in once.nodes.items() if _is_latent(site)]
 
     def rerun(noise: Noise) -> poutine.Trace:
-        program = _FromNoise(noise, x)(_particles(guide, len(noise.particles)))
+        program = FromNoise(noise, x)(_particles(guide, len(noise.particles)))
         try:
             return poutine.trace(program).get_trace(x)
-        except _NoNormalBaseError:
+        except NoNormalBaseError as error:
+            if noise.proposal.kind != "guide":
+                raise InputError(
+                    f"the proposal {noise.proposal.kind!r} needs a guide made of normal "
+                    f"distributions, and {error}; use --proposal guide"
+                ) from None
             return _seeded_trace(guide, noise, x)
 
     if len(names) != 1:  # a later site may depend on an earlier draw: run the whole program
@@ -276,10 +223,8 @@ def latent_mean(guide: Program, x: Tensor) -> Tensor | None:
 def _seeded_trace(guide: Program, noise: Noise, x: Tensor) -> poutine.Trace:
     # A guide that is not made of normals draws from torch's stream. Only whole blocks are
     # reproducible then; `plan` keeps to those.
-    devices = [x.device] if x.is_cuda else []
-    key = f"{noise.seed}/{noise.particles.start}/{noise.images.start}".encode()
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(int.from_bytes(hashlib.blake2b(key, digest_size=8).digest()) >> 1)
+    with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
+        torch.manual_seed(noise.stream_seed())
         return poutine.trace(_particles(guide, len(noise.particles))).get_trace(x)
 
 
@@ -288,8 +233,8 @@ def is_made_of_normals(guide: Program, x: Tensor) -> bool:
     probe = Noise(0, range(len(x)), range(1))
     try:
         with torch.no_grad(), _isolated_params():
-            poutine.trace(_FromNoise(probe, x)(_particles(guide, 1))).get_trace(x)
-    except _NoNormalBaseError:
+            poutine.trace(FromNoise(probe, x)(_particles(guide, 1))).get_trace(x)
+    except NoNormalBaseError:
         return False
     return True
 
@@ -312,6 +257,7 @@ def plan(
     x: Tensor,
     num_particles: int,
     memory: int | None = None,
+    proposal: Proposal = GUIDE,
 ) -> Plan:
     """Choose a batch of images and a chunk of particles that fit a memory budget in bytes.
 
@@ -324,7 +270,7 @@ def plan(
     memory = memory if memory is not None else _default_memory(x)
     # The difference of two runs leaves out what is paid once a chunk, such as encoding the
     # pseudo-inputs of a VampPrior.
-    one, three = (_bytes_created(model, guide, x[:1], k) for k in (1, 3))
+    one, three = (_bytes_created(model, guide, x[:1], k, proposal) for k in (1, 3))
     rows = max(1, 2 * memory // max(1, three - one))
     particles = min(num_particles, max(1, rows // IMAGE_BLOCK), 4 * PARTICLE_BLOCK)
     if particles > PARTICLE_BLOCK:
@@ -344,9 +290,13 @@ def _default_memory(x: Tensor) -> int:
     return 64 * 2**20  # stays near a CPU's caches; larger chunks measured no faster
 
 
-def _bytes_created(model: Program, guide: Program, x: Tensor, num_particles: int) -> int:
+def _bytes_created(
+    model: Program, guide: Program, x: Tensor, num_particles: int, proposal: Proposal
+) -> int:
     with _CountBytes() as counter:
-        for _ in chunks(model, guide, x, num_particles, chunk=num_particles, seed=0):
+        for _ in chunks(
+            model, guide, x, num_particles, chunk=num_particles, seed=0, proposal=proposal
+        ):
             pass
     return counter.bytes
 
@@ -369,11 +319,18 @@ class _CountBytes(TorchDispatchMode):
         return out
 
 
-def _score(model: Program, guide_trace: poutine.Trace, x: Tensor, num_particles: int) -> LogTerms:
+def _score(
+    model: Program,
+    guide_trace: poutine.Trace,
+    x: Tensor,
+    num_particles: int,
+    proposal: Proposal = GUIDE,
+    total: int = 1,
+) -> LogTerms:
     replayed = poutine.replay(_particles(model, num_particles), trace=guide_trace)
     model_trace = poutine.trace(replayed).get_trace(x)
     shape = (num_particles, len(x))
-    likelihood = prior = posterior = x.new_zeros(())
+    likelihood = prior = x.new_zeros(())
     for site in model_trace.nodes.values():
         if site["type"] != "sample" or _is_bookkeeping(site):
             continue
@@ -381,10 +338,14 @@ def _score(model: Program, guide_trace: poutine.Trace, x: Tensor, num_particles:
             likelihood = likelihood + _site_log_prob(site, shape)
         else:
             prior = prior + _site_log_prob(site, shape)
-    for site in guide_trace.nodes.values():
-        if _is_latent(site):
-            posterior = posterior + _site_log_prob(site, shape)
-    latents = {name: s["value"] for name, s in guide_trace.nodes.items() if _is_latent(s)}
+    sites = {name: site for name, site in guide_trace.nodes.items() if _is_latent(site)}
+
+    def log_prob(change: Callable[[Any], Any]) -> Tensor:
+        changed = ({**site, "fn": change(site["fn"])} for site in sites.values())
+        return sum((_site_log_prob(site, shape) for site in changed), x.new_zeros(()))
+
+    posterior = proposal.log_density(log_prob, total)
+    latents = {name: site["value"] for name, site in sites.items()}
     return LogTerms(likelihood.expand(shape), prior.expand(shape), posterior.expand(shape), latents)
 
 

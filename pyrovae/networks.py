@@ -268,6 +268,13 @@ class _DenseDecoder(_Dense, Decoder):
         last = nn.Linear(sizes[-1], prod(self.out_shape))
         return [*self.stack(sizes), initialised(last, SMALL_GAIN)]
 
+    @torch.no_grad()
+    def start_at(self, params: Tensor) -> None:
+        """Set the output bias to `params` (*out_shape); an untrained decoder gives about these."""
+        bias = self.layers[-1].bias
+        assert isinstance(bias, Tensor)
+        bias.copy_(params.flatten())
+
 
 class _Convolutional(Network):
     """Each layer halves H and W while both are even; `residual` adds a block to each layer."""

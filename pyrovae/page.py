@@ -9,7 +9,7 @@ import io
 import re
 from collections.abc import Iterable, Sequence
 from importlib.resources import files
-from typing import TYPE_CHECKING, NewType
+from typing import TYPE_CHECKING, Any, NamedTuple, NewType
 
 from torch import Tensor
 
@@ -38,12 +38,12 @@ _MOST_VALUES = 3 * 64 * 64
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
-class Section(tuple[str, str, Html]):
-    """(id, title, body) of one section of a page."""
+class Section(NamedTuple):
+    """One section of a page."""
 
-    def __new__(cls, ident: str, title: str, *body: Html) -> "Section":
-        """Join the parts of the body."""
-        return super().__new__(cls, (ident, title, join(*body)))
+    ident: str
+    title: str
+    body: Html
 
 
 def text(value: object) -> Html:
@@ -103,15 +103,22 @@ def commands(lines: Iterable[str]) -> Html:
     return Html("".join(f"<pre><code>{text(line)}</code></pre>" for line in lines))
 
 
-def picture(x: Tensor, alt: str, columns: int | None = None, gap: int | None = None) -> Html:
-    """Images (N, C, H, W) on one sheet, as they are pixel by pixel."""
-    data = base64.b64encode(pictures.png(shrunk(x), columns, gap)).decode()
-    width, height = _png_size(data)
-    # Whole pixels of the screen for each of the sheet's, up to the width of the page.
-    scale = max(1, 880 // width) if columns != 1 or len(x) > 1 else max(1, 132 // width)
+def picture(x: Tensor, alt: str, columns: int | None = None, width: int = 880) -> Html:
+    """Images (N, C, H, W) on one sheet, pixel by pixel.
+
+    Args:
+        x: the images.
+        alt: what they show, for those who cannot see them.
+        columns: images in a row.
+        width: of the sheet on a large screen, at most, in pixels of the page.
+    """
+    data = base64.b64encode(pictures.png(shrunk(x), columns)).decode()
+    across, height = _png_size(data)
+    # Whole pixels of the page for each pixel of the sheet keep all of one size.
+    scale = max(1, width // across)
     return Html(
         f'<img src="data:image/png;base64,{data}" alt="{text(alt)}" '
-        f'width="{width * scale}" height="{height * scale}">'
+        f'width="{across * scale}" height="{height * scale}">'
     )
 
 
@@ -165,13 +172,14 @@ def chart(ax: "Axes", name: str, alt: str) -> Html:
     # The salt makes identifiers, and so the page, the same every time.
     with matplotlib.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        ax.figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+        drawing: Any = ax.figure
+        drawing.savefig(buffer, format="svg", transparent=True, metadata=nothing)
     svg = buffer.getvalue()
     svg = re.sub(r"<style.*?</style>|<metadata.*?</metadata>|<!--.*?-->", "", svg, flags=re.S)
     svg = svg[svg.index(">", svg.index("<svg")) + 1 :]
     used = set(re.findall(r'(?:xlink:href="|url\()#([\w.-]+)', svg))
     svg = re.sub(r"<[^>]*>", lambda tag: _tidy(tag.group(), name, used), svg)
-    width, height = ax.get_figure(root=True).get_size_inches() * 72  # type: ignore[union-attr]
+    width, height = drawing.get_size_inches() * 72
     box = f"0 0 {width:g} {height:g}"
     return Html(f'<svg class="chart" role="img" aria-label="{text(alt)}" viewBox="{box}">{svg}')
 
@@ -188,7 +196,7 @@ def _tidy(tag: str, name: str, used: set[str]) -> str:
     tag = re.sub(r"font: [^;\"]*?([\d.]+px)[^;\"]*", r"font-size: \1", tag)
     tag = re.sub(r"font-family: [^;\"]*;?", "", tag)
     tag = re.sub(r"\s+", " ", tag)
-    tag = re.sub(r"-?\d+\.\d{2,}(?!\d*px)", lambda m: f"{float(m[0]):.2f}".rstrip("0"), tag)
+    tag = re.sub(r"-?\d+\.\d{2,}", lambda m: f"{float(m[0]):.2f}".rstrip("0").rstrip("."), tag)
     for colour, variable in _VARIABLES.items():
         tag = tag.replace(colour, f"var(--{variable})")
     return tag
@@ -197,11 +205,11 @@ def _tidy(tag: str, name: str, used: set[str]) -> str:
 def page(title: str, intro: Html, sections: Sequence[Section]) -> Html:
     """The whole document, with a table of contents; it needs no network and no script."""
     style = files("pyrovae").joinpath("report.css").read_text(encoding="utf-8")
-    links = "".join(f'<li><a href="#{ident}">{text(name)}</a></li>' for ident, name, _ in sections)
+    links = "".join(f'<li><a href="#{s.ident}">{text(s.title)}</a></li>' for s in sections)
     body = "\n".join(
-        f'<section id="{ident}" aria-labelledby="{ident}-title">\n'
-        f'<h2 id="{ident}-title">{text(name)}</h2>\n{content}\n</section>'
-        for ident, name, content in sections
+        f'<section id="{s.ident}" aria-labelledby="{s.ident}-title">\n'
+        f'<h2 id="{s.ident}-title">{text(s.title)}</h2>\n{s.body}\n</section>'
+        for s in sections
     )
     return Html(f"""<!DOCTYPE html>
 <html lang="en">

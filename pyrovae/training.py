@@ -219,8 +219,9 @@ def _check_settings(given: dict[str, Any]) -> None:
         raise InputError(f"ema must lie between 0 and 1, such as 0.999, got {given['ema']}")
     if given["schedule"] not in ("constant", "cosine"):
         raise InputError(f"schedule must be constant or cosine, got {given['schedule']!r}")
-    if given["beta"] != 1:
-        objectives.check_kl_term(given["objective"], "--beta")
+    for name, default in (("beta", 1), ("kl_warmup", 0)):
+        if given[name] != default:
+            objectives.check_kl_term(given["objective"], "--" + name.replace("_", "-"))
 
 
 def _warmup(step: int, warmup_steps: float) -> float:

@@ -90,6 +90,34 @@ class VAE(nn.Module):
         with pyro.plate("data", x.shape[0], dim=-1):
             pyro.sample("z", self.posterior(x))
 
+    def initialize(self, x: Tensor, *, steps: int = 100) -> None:
+        """Start from the data: x (N, *x_shape), such as a few hundred training images.
+
+        The output bias of a dense decoder becomes the constant under which x is most likely (for
+        a Bernoulli, the log-odds of the mean image), so that training starts from the best model
+        that has no latent; the pseudo-inputs of a VampPrior become images.
+
+        Source for the bias: Burda et al., Importance Weighted Autoencoders (2016), section 5.
+        """
+        if hasattr(self.prior, "initialize"):
+            self.prior.initialize(x)
+        if not hasattr(self.decoder, "start_at"):
+            return
+        best = x.new_zeros(1, *self.likelihood.params_shape, requires_grad=True)
+        optimizer = torch.optim.Adam([best], lr=0.1)
+        for _ in range(steps):
+            # The small penalty keeps a pixel that never varies from running off to infinity.
+            loss = 5e-4 * best.square().sum() - self.likelihood(best).log_prob(x).mean()
+            (best.grad,) = torch.autograd.grad(loss, best)
+            optimizer.step()
+        with torch.no_grad():
+            z = self.prior().sample(x.shape[:1])
+            before = self.likelihood(self.decoder(z)).log_prob(x).mean()
+            self.decoder.start_at(best)
+            # A narrow likelihood can suffer more from the decoder's first noise than it gains.
+            if self.likelihood(self.decoder(z)).log_prob(x).mean() < before:
+                self.decoder.start_at(torch.zeros_like(best))
+
     @torch.no_grad()
     def generate(self, num_samples: int, *, mean: bool = False, seed: int | None = None) -> Tensor:
         """Draw z ~ p(z), then x ~ p(x | z), or its mean E[x | z]; (num_samples, *x_shape)."""

@@ -1,5 +1,6 @@
 """Objectives are Pyro's own; handlers change the KL term and nothing else."""
 
+import itertools
 import math
 
 import pyro
@@ -70,9 +71,7 @@ def test_iwae_equals_the_log_mean_weight(vae_x, k):
     vae, x = vae_x
     pyros = objectives.iwae(k)
     theirs = loss_and_grads(vae, lambda: pyros.loss_and_grads(vae.model, vae.guide, x))
-    ours = loss_and_grads(
-        vae, lambda: -log_mean_exp(log_weights(vae.model, vae.guide, x, k)).sum()
-    )
+    ours = loss_and_grads(vae, lambda: -log_mean_exp(log_weights(vae.model, vae.guide, x, k)).sum())
     assert_same(ours, theirs)
 
 
@@ -171,9 +170,7 @@ def test_free_bits_put_a_floor_under_the_kl(vae_x, objective, beta):
         model, guide = objectives.with_handlers(
             vae.model, vae.guide, pyros, weight=weight, free_nats=floor
         )
-        theirs = loss_and_grads(
-            vae, lambda m=model, g=guide: pyros.loss_and_grads(m, g, x)
-        )
+        theirs = loss_and_grads(vae, lambda m=model, g=guide: pyros.loss_and_grads(m, g, x))
 
         def loss(floor=floor):
             kl, distortion = kl_and_distortion()
@@ -199,7 +196,7 @@ def test_evaluation_cannot_see_the_handlers(vae_x):
 
 def test_settings_of_the_kl_term_are_refused_by_the_bound_that_has_none(vae_x):
     vae, _ = vae_x
-    with pytest.raises(InputError, match="--free-bits .*iwae"):
+    with pytest.raises(InputError, match=r"--free-bits .*iwae"):
         objectives.with_handlers(vae.model, vae.guide, objectives.iwae(), free_nats=1.0)
     with pytest.raises(InputError, match="at least 0"):
         objectives.with_handlers(vae.model, vae.guide, objectives.elbo(), free_nats=-1.0)
@@ -214,6 +211,6 @@ def test_iwae_rises_with_particles():
         return values.mean(), values.std() / math.sqrt(8)
 
     results = [bound(k) for k in (1, 5, 50)]
-    for (low, a), (high, b) in zip(results, results[1:], strict=False):
+    for (low, a), (high, b) in itertools.pairwise(results):
         assert high - low > 3 * (a + b)
     assert results[-1][0] < marginal(vae).log_prob(x).sum()

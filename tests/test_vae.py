@@ -8,9 +8,10 @@ import pytest
 import torch
 from exact import Affine, FixedNoise, linear_gaussian
 from pyro import poutine
-from tiny import tiny_vae
+from tiny import tiny_config, tiny_data, tiny_vae
 from torch import nn
 
+from pyrovae import config as cfg
 from pyrovae import likelihoods, networks, posteriors, priors
 from pyrovae.errors import InputError
 from pyrovae.vae import VAE
@@ -148,3 +149,48 @@ def test_custom_modules_fit():
     assert vae.x_shape == (4,)
     assert vae.latent_dim == 2
     assert vae.generate(2).shape == (2, 4)
+
+
+def test_initialize_starts_a_bernoulli_at_the_mean_image():
+    vae, data = tiny_vae()
+    x = data.train.batch(torch.arange(len(data.train)), torch.Generator().manual_seed(0))
+    vae.initialize(x, steps=300)
+    start = torch.sigmoid(vae.decoder.layers[-1].bias.detach()).reshape(data.x_shape)
+    inside = (x.mean(0) > 0.1) & (x.mean(0) < 0.9)
+    assert inside.any()
+    assert ((start - x.mean(0)).abs()[inside] < 0.01).all()
+    assert torch.isfinite(start).all()
+
+
+@pytest.mark.parametrize("likelihood", likelihoods.REGISTRY)
+def test_initialize_never_makes_the_data_less_likely(likelihood):
+    vae, data = tiny_vae(likelihood=likelihood)
+    x = data.train.batch(torch.arange(len(data.train)), torch.Generator().manual_seed(0))
+    z = torch.randn(len(x), 2, generator=torch.Generator().manual_seed(1))
+
+    def log_prob():
+        with torch.no_grad():
+            return float(vae.likelihood(vae.decoder(z)).log_prob(x).mean())
+
+    vae.decoder.start_at(torch.zeros(vae.likelihood.params_shape))
+    before = log_prob()
+    torch.manual_seed(0)
+    vae.initialize(x)
+    assert log_prob() >= before - 0.5
+    assert all(p.requires_grad and p.grad is None for p in vae.parameters())
+
+
+def test_initialize_keeps_the_old_start_where_the_new_one_is_worse(monkeypatch):
+    vae, data = tiny_vae(likelihood="gaussian", likelihood_args={"scale": 1e-3})
+    x = data.train.batch(torch.arange(20), torch.Generator().manual_seed(0))
+    original = vae.decoder.start_at
+    monkeypatch.setattr(vae.decoder, "start_at", lambda params: original(params * 100))
+    vae.initialize(x)
+    assert not vae.decoder.layers[-1].bias.any()
+
+
+def test_initialize_leaves_a_convolutional_decoder_alone():
+    config = tiny_config(network="residual", hidden=(4,))
+    data = tiny_data(config, shape=(1, 8, 8))
+    vae = cfg.build(config, data)
+    assert not vae.decoder.layers[-1].bias.any()

@@ -76,13 +76,14 @@ def elbo_curves(metrics: Source, ax: "Axes | None" = None) -> "Axes":
         ax.set_ylim(low - 0.15 * (high - low), high + 0.1 * (high - low))
     ax.legend(frameon=False, fontsize=_SIZE, labelcolor=INK, loc="lower right")
     ax.annotate(
-        f"best {_number(best['valid_elbo'], '.2f')}",
+        f"best {_number(best['valid_elbo'], ',.2f')}",
         (best["epoch"], best["valid_elbo"]),
         textcoords="offset points",
-        xytext=(-2, -14),
+        xytext=(-2, -15),
         ha="right",
         fontsize=_SIZE,
         color=BLUE,
+        bbox={"facecolor": PAPER, "edgecolor": "none", "pad": 0.5, "alpha": 0.8},
     )
     return _dress(ax, "epoch", "nats per image")
 
@@ -173,36 +174,36 @@ def bound_against_k(curve: Sequence[tuple[int, float, float]], ax: "Axes | None"
     ax.set_xticks(k, [f"{value:,}" for value in k])
     ax.set_xticks([], minor=True)
     ax.annotate(
-        _number(bound[-1], ".2f"),
+        _number(bound[-1], ",.2f"),
         (k[-1], bound[-1]),
         textcoords="offset points",
-        xytext=(-6, 7),
-        ha="right",
+        xytext=(7, 0),
+        va="center",
         fontsize=_SIZE,
         color=BLUE,
     )
-    ax.margins(x=0.1, y=0.15)
+    ax.set_xlim(k[0] / 1.5, k[-1] * 1.5 * (k[-1] / k[0]) ** 0.18)  # room for the number
+    ax.margins(y=0.15)
     return _dress(ax, "particles K", "bound, nats per image")
 
 
 def pareto_k(k: Tensor, ax: "Axes | None" = None) -> "Axes":
-    """Histogram of the images' Pareto k, (N,); those above 0.7 are hatched. NaN is left out."""
+    """Histogram of the images' Pareto k, (N,); those above 0.7 are hatched. NaN is left out.
+
+    The first and the last bar also count what lies beyond -0.5 and 2.
+    """
     known = k[~torch.isnan(k)].double()
     if not len(known):
         raise InputError("no Pareto k was estimated; evaluate with --num-particles 25 or more")
     ax = _axes(ax)
-    low = min(-0.2, math.floor(float(known.min()) * 10) / 10)
-    high = max(1.0, math.ceil(float(known.max()) * 10) / 10)
-    bins = round((high - low) * 10)
-    edges = [low + 0.1 * i for i in range(bins + 1)]
-    # Counted in tenths, so that 0.7 is an edge to the last bit.
-    index = ((known - low) * 10 + 1e-9).floor().long().clamp(0, bins - 1)
-    counts = torch.bincount(index, minlength=bins).tolist()
-    bars = ax.bar(edges[:-1], counts, width=0.1, align="edge", color=BLUE, lw=0.5)
-    for bar, edge in zip(bars, edges, strict=False):
-        bar.set_edgecolor(LINE)
-        if edge > 0.65:
-            bar.set(facecolor=ORANGE, hatch="///")
+    # A bar is (a, b] in tenths, so that a k of 0.7 stands with the good ones.
+    tenths = (known * 10).ceil().long().clamp(-4, 20)
+    first, last = min(-1, int(tenths.min())), max(10, int(tenths.max()))
+    counts = torch.bincount(tenths - first, minlength=last - first + 1).tolist()
+    left = [(first + i - 1) / 10 for i in range(len(counts))]
+    bars = ax.bar(left, counts, width=0.1, align="edge", color=BLUE, lw=0.5, edgecolor=LINE)
+    for bar in bars[7 - first + 1 :]:
+        bar.set(facecolor=ORANGE, hatch="///")
     ax.axvline(0.7, color=INK, lw=1, ls="--")
     ax.annotate(
         "0.7",
@@ -213,14 +214,19 @@ def pareto_k(k: Tensor, ax: "Axes | None" = None) -> "Axes":
         fontsize=_SIZE,
         color=INK,
     )
-    ax.set(xlim=(low, high), ylim=(0, 1.18 * max(counts)))
+    ax.set(xlim=((first - 1) / 10, last / 10), ylim=(0, 1.18 * max(counts)))
+    ticks = [t / 10 for t in range(-5, 21, 5) if first - 1 <= t <= last]
+    beyond = {-0.5: float(known.min()) <= -0.5, 2.0: float(known.max()) > 2}
+    signs = {-0.5: "≤ ", 2.0: "≥ "}
+    names = [signs[t] * beyond[t] + _number(t, "g") if t in signs else f"{t:g}" for t in ticks]
+    ax.set_xticks(ticks, names)
     return _dress(ax, "Pareto k", "images")
 
 
 def kl_per_dim(kl: Tensor, ax: "Axes | None" = None) -> "Axes":
     """KL(q(z_d | x) || p(z_d)) of each latent dimension, (D,), in nats per image; largest first."""
     ax = _axes(ax)
-    _bars(ax, kl)
+    _bars(ax, kl, torch.ones_like(kl, dtype=torch.bool))
     ax.set_ylim(bottom=0)
     return _dress(ax, "latent dimension, most used first", "KL, nats per image")
 
@@ -239,13 +245,10 @@ def activity(variance: Tensor, threshold: float = 0.01, ax: "Axes | None" = None
     return _dress(ax, "latent dimension, most active first", "variance of E[z | x]")
 
 
-def _bars(ax: "Axes", values: Tensor, full: Tensor | None = None, bottom: float = 0.0) -> None:
+def _bars(ax: "Axes", values: Tensor, full: Tensor, bottom: float = 0.0) -> None:
     order = values.argsort(descending=True, stable=True)
     heights = (values[order].double() - bottom).tolist()
-    colours = [
-        BLUE if full is None or bool(f) else GREY
-        for f in (full[order] if full is not None else order)
-    ]
+    colours = [BLUE if used else GREY for used in full[order].tolist()]
     ax.bar(range(1, len(order) + 1), heights, bottom=bottom, color=colours, width=0.8)
     if len(order) <= 12:
         ax.set_xticks(range(1, len(order) + 1), [f"z{d}" for d in order.tolist()])

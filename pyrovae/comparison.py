@@ -21,9 +21,10 @@ from torch import Tensor
 import pyrovae
 from pyrovae import config as cfg
 from pyrovae import likelihoods
-from pyrovae.data import Data, Protocol, Split
+from pyrovae.data import Protocol, Split
 from pyrovae.errors import InputError
 from pyrovae.evaluation import Evaluation, evaluate
+from pyrovae.importance import GUIDE
 from pyrovae.runs import Run, load_checkpoint, save_checkpoint
 
 Progress = Callable[[str, int, int], None]
@@ -431,12 +432,16 @@ def evaluate_run(
 
 
 def keep(run: Run, result: Evaluation, *, limit: int | None, parameters: int) -> Measured:
-    """Store an evaluation of a run's weights by its own guide, for later comparisons."""
+    """Store an evaluation of a run's weights for later comparisons; by its own guide alone.
+
+    With another proposal the numbers are as good, but a table must not mix the two.
+    """
     tensors = {name: t for name, t in result.per_image._asdict().items() if t.dim() == 1}
     measured = Measured(result.to_dict(), tensors, parameters)
     path = _path(run, result.split, limit, result.num_particles, result.seed)
-    with suppress(OSError):  # a run on a read-only disk can be compared too, only not so fast
-        save_checkpoint(path, measured._asdict())
+    if result.proposal == str(GUIDE):
+        with suppress(OSError):  # a run on a read-only disk can be compared too, only not so fast
+            save_checkpoint(path, measured._asdict())
     return measured
 
 
@@ -458,34 +463,20 @@ def _read(path: Path) -> Measured | None:
 
 def checkpoint_digest(run: Run) -> str:
     """Twelve digits that name the weights `config.load` gives for a run."""
-    path = run.best if run.best.exists() else run.last
+    path = run.path / cfg.SHARED_WEIGHTS
+    if not path.is_file():
+        path = run.best if run.best.exists() else run.last
     if not path.is_file():
         raise InputError(f"there is no checkpoint {path}; train the run first")
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:12]
 
 
-def run_data(run: Run, data_root: str | None = None) -> Data:
-    """The data a run was trained on, checked against what the run says of them."""
-    config = cfg.run_config(run)
-    if data_root is not None:
-        config = replace(config, data_root=data_root)
-    dataset = cfg.load_data(config)
-    stored = cfg.run_data(run)[1]
-    if stored != dataset.protocol:
-        reason = stored.why_not_comparable(dataset.protocol) or "the split sizes differ"
-        raise InputError(
-            f"the data are not those {run.path} was trained on: {reason}; restore them, or give "
-            "the right --data-root"
-        )
-    return dataset
-
-
 def run_split(
     run: Run, split: str, *, limit: int | None = None, seed: int = 0, data_root: str | None = None
 ) -> Split:
     """A split of a run's data, every x fixed: training images are sampled once, with ``seed``."""
-    part: Split = getattr(run_data(run, data_root), split)
+    part: Split = getattr(cfg.data_of(run, data_root), split)
     if part.sampling != "fixed":
         x = part.tensor(torch.Generator().manual_seed(seed))
         part = replace(part, raw=x, levels=None, sampling="fixed")

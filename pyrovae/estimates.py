@@ -94,7 +94,7 @@ def estimate(
         ess=ess,
         mc_error=error,
         bias=-0.5 * error**2,
-        psis_log_likelihood=_from_smoothed(log_w, smoothed),
+        psis_log_likelihood=smoothed_log_mean_exp(log_w, smoothed),
         bounds=bounds(log_w),
         posterior_mean=mean,
         posterior_mean_error=mean_error,
@@ -187,7 +187,13 @@ def bounds(log_weights: Tensor) -> Tensor:
     return torch.stack([*rows, log_mean_exp(log_weights)], -1)
 
 
-def _from_smoothed(log_w: Tensor, smoothed: Tensor) -> Tensor:
-    # Smoothing changes the largest fifth of the weights at most, then divides all by their sum.
-    # The median ratio is thus that of an unchanged weight, and it is the sum.
-    return torch.nanmedian(log_w - smoothed, 0).values - math.log(len(log_w))
+def smoothed_log_mean_exp(log_weights: Tensor, smoothed: Tensor) -> Tensor:
+    """log of the mean of Pareto-smoothed weights, on the scale of the raw ones: (B,).
+
+    Args:
+        log_weights: (K, B), in nats.
+        smoothed: (K, B) the same weights after smoothing, which sum to one.
+    """
+    # At most the largest fifth of the weights was changed before all were divided by their sum:
+    # the median ratio is that of an unchanged weight, and it is the sum.
+    return torch.nanmedian(log_weights - smoothed, 0).values - math.log(len(log_weights))

@@ -177,7 +177,8 @@ def evaluate(
 
     ``log p(x) ~ log (1/K) sum_k p(x, z_k) / q(z_k | x)``, z_k ~ q(z | x), q being the guide or
     the proposal made of it. The answer is a function of (weights, data, K, seed, proposal): how
-    images and particles are cut into chunks moves it by rounding alone. No handler around the programs, such as a KL weight, can enter.
+    images and particles are cut into chunks moves it by rounding alone. No handler around the
+    programs, such as a KL weight, can enter.
 
     Args:
         vae: a `pyrovae.VAE`, or any other `importance.Programs`.
@@ -352,8 +353,8 @@ def _trust(pareto_k: Tensor, num_particles: int) -> str:
         return f"{sentence}: the estimate and its error can be trusted"
     return (
         f"{sentence}; for the others log p(x) is likely higher than estimated: a more expressive "
-        "--posterior (full-rank, flow) or a larger --num-particles would help, and pyrovae anneal "
-        "tells how much is missed"
+        "--posterior (full-rank, flow), a larger --num-particles or --proposal defensive may help, "
+        "and pyrovae anneal tells how much is missed"
     )
 
 

@@ -50,12 +50,13 @@ const explorer = (() => {
     if (!waiting) requestAnimationFrame(frame);
     waiting = true;
   }
+  const sentence = () => `${now[0].toUpperCase()}${now.slice(1)}.`;
   function frame() {
     waiting = false;
     decodePicture();
     map.show();
     showLatents();
-    $("now").textContent = now[0].toUpperCase() + now.slice(1) + ".";
+    $("now").textContent = sentence();
     clearTimeout(announcing);
     announcing = setTimeout(announce, 700);
   }
@@ -72,7 +73,7 @@ const explorer = (() => {
     const labels = data.points.labels;
     const what = drawing ? "A draw x from p(x | z)" : "The mean E[x | z]";
     const text =
-      `${what}, z ${now}. The nearest encoding of a test image is ${Math.sqrt(least).toFixed(1)} ` +
+      `${what}. ${sentence()} The nearest encoding of a test image is ${Math.sqrt(least).toFixed(1)} ` +
       `away${labels ? ` and has label ${labels[nearest]}` : ""}.`;
     $("picture").setAttribute("aria-label", text);
     $("live").textContent = text;
@@ -88,7 +89,6 @@ const explorer = (() => {
     label.title = `variance of its encodings: ${data.latents.variance[d].toFixed(3)}`;
     label.append(`latent ${d + 1}`, input, output);
     input.addEventListener("input", () => {
-      images.stop();
       z[d] = Number(input.value);
       moved(`latent ${d + 1} turned to ${z[d].toFixed(2)}`);
     });
@@ -114,7 +114,6 @@ const explorer = (() => {
 
   let draws = 0;
   function samplePrior() {
-    images.stop();
     if (data.prior === null) {
       likelihoods.start(Math.floor(Math.random() * 2 ** 31), draws);
       for (let d = 0; d < D; d++) z[d] = likelihoods.normal();

@@ -6,7 +6,6 @@ likelihoods (each the twin of a class in Python, held to it by tests), and what 
 """
 
 import base64
-import dataclasses
 import html
 import json
 import os
@@ -74,7 +73,7 @@ def write_explorer(
     config = cfg.run_config(run)
     vae = cfg.load(run)
     _check_pictures(vae)
-    split = _test_split(run, data_root)
+    split = cfg.data_of(run, data_root).test
     say(f"encoding  {_num_points(vae, split):,} test images")
     page = explorer_page(
         vae,
@@ -128,7 +127,7 @@ def explorer_page(
     ...     likelihood=likelihood,
     ... )
     >>> page = explorer_page(vae, data.load("digits", binarize="dynamic").test, title="digits")
-    >>> page[:15], "http" in page
+    >>> page[:15], "://" in page
     ('<!doctype html>', False)
     """
     if isinstance(num_images, bool) or not isinstance(num_images, int):
@@ -164,9 +163,10 @@ def explorer_page(
 def _places(vae: VAE, split: Split, num_images: int, seed: int) -> Spec:
     """What the page knows of the latent space: encodings, plane, active latents, prior."""
     device = next(vae.parameters()).device
-    x = split.head(_num_points(vae, split)).tensor(torch.Generator().manual_seed(seed))
+    shown = split.head(_num_points(vae, split)).to("cpu")
+    x = shown.tensor(torch.Generator().manual_seed(seed))
     z = torch.cat([vae.encode(part.to(device), seed=seed).cpu() for part in x.split(200)])
-    labels = None if split.labels is None else split.labels[: len(x)].tolist()
+    labels = None if shown.labels is None else shown.labels.tolist()
     chosen = _spread_over_labels(labels, len(x))[:num_images]
     mean, axes, explained = _principal_plane(z.double())
     variance = z.var(0, correction=min(1, len(z) - 1))
@@ -246,21 +246,6 @@ def _check_pictures(vae: VAE) -> None:
             f"the explorer draws x of shape (1 or 3, H, W); this run has {vae.x_shape}. Give the "
             "data as images, or use pyrovae evaluate for its numbers"
         )
-
-
-def _test_split(run: Run, data_root: str | None) -> Split:
-    config = cfg.run_config(run)
-    if data_root is not None:
-        config = dataclasses.replace(config, data_root=data_root)
-    dataset = cfg.load_data(config)
-    _, stored = cfg.run_data(run)
-    if stored != dataset.protocol:
-        reason = stored.why_not_comparable(dataset.protocol) or "the split sizes differ"
-        raise InputError(
-            f"the data are not those the run was trained on: {reason}; restore them, or give the "
-            "right --data-root"
-        )
-    return dataset.test
 
 
 def _checked_out(out: str | os.PathLike[str]) -> Path:

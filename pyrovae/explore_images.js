@@ -14,7 +14,6 @@ function testImages({ $, data, z, encoding, painter, moved }) {
   }
 
   function startFrom(n) {
-    cancelAnimationFrame(playing);
     z.set(place(n));
     moved(`started from test ${nameOf(n)}`);
   }
@@ -68,10 +67,7 @@ function testImages({ $, data, z, encoding, painter, moved }) {
       target = next;
       target?.classList.add("over");
     };
-    button.addEventListener("pointerdown", (event) => {
-      cancelAnimationFrame(playing);
-      button.setPointerCapture(event.pointerId);
-    });
+    button.addEventListener("pointerdown", (event) => button.setPointerCapture(event.pointerId));
     button.addEventListener("pointermove", (event) => {
       if (!button.hasPointerCapture(event.pointerId)) return;
       const under = document.elementFromPoint(event.clientX, event.clientY);
@@ -90,7 +86,7 @@ function testImages({ $, data, z, encoding, painter, moved }) {
     item.append(button);
     $("images").append(item);
     buttons.push(button);
-    for (const name of ["from", "to"]) $(name).append(new Option(nameOf(n), n));
+    for (const name of ["from", "to"]) $(name).append(new Option(nameOf(n).slice(6), n));
   }
 
   data.images.index.forEach((_, n) => addImage(n));
@@ -98,15 +94,14 @@ function testImages({ $, data, z, encoding, painter, moved }) {
   showEnds();
   for (const name of ["from", "to"])
     $(name).addEventListener("change", () => {
-      cancelAnimationFrame(playing);
       showEnds();
       walkTo(name === "from" ? 0 : 1);
     });
-  $("walk").addEventListener("input", () => {
-    cancelAnimationFrame(playing);
-    walkTo(Number($("walk").value));
-  });
+  $("walk").addEventListener("input", () => walkTo(Number($("walk").value)));
   $("play").addEventListener("click", play);
+  // Whatever the reader touches next, the walk ends.
+  for (const kind of ["pointerdown", "keydown"])
+    document.addEventListener(kind, () => cancelAnimationFrame(playing), true);
 
-  return { startFrom, place, stop: () => cancelAnimationFrame(playing) };
+  return { startFrom, place };
 }

@@ -37,7 +37,7 @@ const likelihoods = (() => {
   function logisticMean(loc, scale, levels) {
     const h = 1 / levels;
     if (scale < 2 * h) {
-      const reach = 40 * scale;
+      const reach = 20 * scale;
       const low = Math.min(levels, Math.max(0, Math.floor((loc - reach) * levels)));
       const high = Math.min(levels, Math.max(0, Math.ceil((loc + reach) * levels)));
       let sum = low;
@@ -60,15 +60,17 @@ const likelihoods = (() => {
   }
 
   // E sigmoid(y) by the trapezoidal rule, over the normal variable of a narrow y and over the
-  // logistic one of a wide y: as in `distributions.LogitNormal`, with fewer terms.
+  // logistic one of a wide y: as in `distributions.LogitNormal`.
   function logitNormalMean(loc, scale) {
+    const narrow = scale <= 1;
+    const steps = narrow ? 12 : 40;
     let sum = 0;
     let total = 0;
-    for (let n = -24; n <= 24; n++) {
-      const e = scale <= 1 ? n / 4 : n;
-      const weight = scale <= 1 ? Math.exp(-e * e / 2) : sigmoid(e) * sigmoid(-e);
+    for (let n = -steps; n <= steps; n++) {
+      const e = n / 2;
+      const weight = narrow ? Math.exp((-e * e) / 2) : sigmoid(e) * sigmoid(-e);
       total += weight;
-      sum += weight * (scale <= 1 ? sigmoid(loc + scale * e) : normalCdf((loc - e) / scale));
+      sum += weight * (narrow ? sigmoid(loc + scale * e) : normalCdf((loc - e) / scale));
     }
     return sum / total;
   }

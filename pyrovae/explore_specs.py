@@ -60,10 +60,10 @@ def likelihood_spec(likelihood: likelihoods.Likelihood) -> Spec:
         spec |= {
             "centre": likelihood.centre,
             "spread": likelihood.spread,
-            "scale": None if scale is None else float(scale),
+            "scale": None if scale is None else scale.item(),
         }
     if isinstance(likelihood, likelihoods.StudentT):
-        spec["df"] = float(likelihood.df)
+        spec["df"] = likelihood.df.item()
     if isinstance(likelihood, likelihoods.DiscretizedLogisticMixture):
         spec |= {"components": likelihood.components, "coupling": likelihood.coupling}
     return spec

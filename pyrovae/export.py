@@ -161,7 +161,12 @@ def _groups(
     proposal: Proposal,
 ) -> tuple[dict[str, "xr.Dataset"], dict[str, Any]]:
     if max_draws < 1:
-        raise InputError(f"expected --export-draws of at least 1; got {max_draws}; raise it")
+        raise InputError(f"expected --max-draws of at least 1; got {max_draws}; raise it")
+    if evaluation.proposal != str(proposal):
+        raise InputError(
+            f"the evaluation's {evaluation.proposal}; got a proposal whose {proposal}; give the "
+            "evaluation's"
+        )
     keep = min(evaluation.num_particles, max_draws)
     _check_split(split, evaluation)
     _check_size(split, keep)
@@ -173,8 +178,8 @@ def _groups(
 
     if len(draws.predicted) != 1:
         raise InputError(
-            f"export expects one observed site; got {', '.join(draws.predicted) or 'none'}; observe "
-            "x at one site"
+            f"export expects one observed site; got {len(draws.predicted)}; observe x at one, "
+            "in one plate"
         )
     (observed,) = draws.predicted
     pixels = dict.fromkeys(draws.predicted, _pixels(split.x_shape))
@@ -233,7 +238,7 @@ def _check_size(split: Split, keep: int) -> None:
         raise InputError(
             f"{len(split):,} images with {keep} draws each would take "
             f"{each * len(split) / 2**30:.1f} GiB, more than {_MAX_BYTES / 2**30:g}; export fewer "
-            f"images (--limit {max(1, _MAX_BYTES // each)}) or draws (--export-draws)"
+            f"images (--limit {max(1, _MAX_BYTES // each)}) or draws (--max-draws)"
         )
 
 

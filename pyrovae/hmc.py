@@ -213,6 +213,12 @@ class _Score(Messenger):
 
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
         if _is_latent(msg):
+            if msg["fn"].batch_shape[-1:] != self.shape[1:]:
+                raise InputError(
+                    f"latent site {msg['name']!r} must lie in a plate of the {self.shape[1]} images "
+                    f"at dim -1; its batch shape is {tuple(msg['fn'].batch_shape)}; open "
+                    'pyro.plate("data", len(x), dim=-1) around it'
+                )
             msg["value"] = self.latent(msg)
             msg["done"] = True
 
@@ -240,7 +246,8 @@ def _only_site(guide: Program, x: Tensor) -> dict[str, Any] | None:
 
     A later site of a longer guide may depend on an earlier one: such a guide is run every time.
     """
-    with torch.no_grad(), torch.random.fork_rng(devices=_cuda(x)):
+    # Made without validation: a trajectory that leaves for infinity is rejected, not an error.
+    with torch.no_grad(), torch.random.fork_rng(devices=_cuda(x)), pyro.validation_enabled(False):
         trace = poutine.trace(guide).get_trace(x)
     sites = [site for site in trace.nodes.values() if _is_latent(site)]
     return sites[0] if len(sites) == 1 else None

@@ -42,8 +42,15 @@ class Section(NamedTuple):
     """One section of a page."""
 
     ident: str
+    short: str
+    """Its name in the table of contents."""
     title: str
     body: Html
+
+
+def section(ident: str, short: str, title: str, *body: Html) -> Section:
+    """A section whose body has several parts."""
+    return Section(ident, short, title, join(*body))
 
 
 def text(value: object) -> Html:
@@ -57,8 +64,9 @@ def join(*parts: Html) -> Html:
 
 
 def paragraph(value: str) -> Html:
-    """A paragraph of text."""
-    return Html(f"<p>{text(value)}</p>")
+    """A paragraph of text; the flags in it are marked as code."""
+    marked = re.sub(r"(?<!\S)--[a-z][a-z-]*", r"<code>\g<0></code>", text(value))
+    return Html(f"<p>{marked}</p>")
 
 
 def number(value: float | None, digits: int = 2, error: float | None = None) -> str:
@@ -66,7 +74,14 @@ def number(value: float | None, digits: int = 2, error: float | None = None) -> 
     if value is None or value != value:
         return "–"
     shown = f"{value:,.{digits}f}".replace("-", "\N{MINUS SIGN}")
-    return shown if error is None or error != error else f"{shown} ± {error:,.{digits}f}"
+    if error is None or error != error:
+        return shown
+    return f"{shown}\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}{error:,.{digits}f}"
+
+
+def plural(count: int, noun: str) -> str:
+    """ "1 draw", "2 draws"."""
+    return f"{count:,} {noun}" + ("" if count == 1 else "s")
 
 
 def facts(rows: Iterable[tuple[str, object]]) -> Html:
@@ -86,24 +101,30 @@ def tiles(rows: Iterable[tuple[str, str, str]]) -> Html:
     return Html(f'<dl class="tiles">{items}</dl>')
 
 
-def table(caption: str, head: Sequence[str], rows: Iterable[Sequence[object]]) -> Html:
-    """A table that opens on demand: the numbers behind a chart."""
+def table(
+    caption: str, head: Sequence[str], rows: Iterable[Sequence[object]], opened: bool = False
+) -> Html:
+    """A table that opens on demand, such as the numbers behind a chart."""
     top = "".join(f'<th scope="col">{text(cell)}</th>' for cell in head)
     body = "".join(
         "<tr>" + "".join(f"<td>{text(cell)}</td>" for cell in row) + "</tr>" for row in rows
     )
     return Html(
-        f"<details><summary>{text(caption)}</summary><table><thead><tr>{top}</tr></thead>"
-        f"<tbody>{body}</tbody></table></details>"
+        f"<details{' open' if opened else ''}><summary>{text(caption)}</summary>"
+        f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></details>"
     )
 
 
 def commands(lines: Iterable[str]) -> Html:
     """Commands to be copied."""
-    return Html("".join(f"<pre><code>{text(line)}</code></pre>" for line in lines))
+    # A line breaks between words, never at the hyphens of a flag.
+    words = (" ".join(f"<span>{text(w)}</span>" for w in line.split(" ")) for line in lines)
+    return Html("".join(f"<pre><code>{line}</code></pre>" for line in words))
 
 
-def picture(x: Tensor, alt: str, columns: int | None = None, width: int = 880) -> Html:
+def picture(
+    x: Tensor, alt: str, columns: int | None = None, width: int = 880, gap: int | None = None
+) -> Html:
     """Images (N, C, H, W) on one sheet, pixel by pixel.
 
     Args:
@@ -111,8 +132,10 @@ def picture(x: Tensor, alt: str, columns: int | None = None, width: int = 880) -
         alt: what they show, for those who cannot see them.
         columns: images in a row.
         width: of the sheet on a large screen, at most, in pixels of the page.
+        gap: pixels between images.
     """
-    data = base64.b64encode(pictures.png(shrunk(x), columns)).decode()
+    gap = 0 if len(x) == 1 else gap
+    data = base64.b64encode(pictures.png(shrunk(x), columns, gap)).decode()
     across, height = _png_size(data)
     # Whole pixels of the page for each pixel of the sheet keep all of one size.
     scale = max(1, width // across)
@@ -205,7 +228,7 @@ def _tidy(tag: str, name: str, used: set[str]) -> str:
 def page(title: str, intro: Html, sections: Sequence[Section]) -> Html:
     """The whole document, with a table of contents; it needs no network and no script."""
     style = files("pyrovae").joinpath("report.css").read_text(encoding="utf-8")
-    links = "".join(f'<li><a href="#{s.ident}">{text(s.title)}</a></li>' for s in sections)
+    links = "".join(f'<li><a href="#{s.ident}">{text(s.short)}</a></li>' for s in sections)
     body = "\n".join(
         f'<section id="{s.ident}" aria-labelledby="{s.ident}-title">\n'
         f'<h2 id="{s.ident}-title">{text(s.title)}</h2>\n{s.body}\n</section>'

@@ -67,15 +67,7 @@ def interpolate(vae: "VAE", a: Tensor, b: Tensor, steps: int = 9) -> Tensor:
         b: (N, *x_shape), where they end.
         steps: points on each walk, both ends among them; at least 2.
     """
-    if a.shape != b.shape:
-        raise InputError(
-            f"expected as many starts as ends, of one shape; got {tuple(a.shape)} and "
-            f"{tuple(b.shape)}; give two images for each walk"
-        )
-    _check_steps(steps)
-    start, end = (vae.encode(x.to(_device(vae))).unsqueeze(1) for x in (a, b))
-    t = torch.linspace(0, 1, steps, dtype=start.dtype, device=start.device).view(1, steps, 1)
-    return vae.decode(torch.lerp(start, end, t))
+    return vae.interpolate(a, b, steps)
 
 
 class Traversal(NamedTuple):

@@ -172,18 +172,27 @@ def from_noise(q: Distribution, noise: Callable[[torch.Size], Tensor]) -> Tensor
 
     ``noise(event_shape)`` returns (..., *event_shape), broadcastable to q's batch shape.
     """
+    return _from_noise(q, noise, torch.Size())
+
+
+def _from_noise(
+    q: Distribution, noise: Callable[[torch.Size], Tensor], outer: torch.Size
+) -> Tensor | None:
+    # ``outer``: dimensions of q's batch that are an event to those around it.
     if isinstance(q, Transformed):
-        z = from_noise(_to_event(q.base_dist, len(q.event_shape)), noise)
+        base = q.base_dist
+        missing = len(q.event_shape) - len(base.event_shape)
+        z = _from_noise(Independent(base, missing) if missing > 0 else base, noise, outer)
         for transform in q.transforms if z is not None else ():
             z = transform(z)
         return z
-    event = q.event_shape
-    while isinstance(q, Independent):
-        q = q.base_dist
+    if isinstance(q, Independent):
+        size = len(q.base_dist.batch_shape) - q.reinterpreted_batch_ndims
+        return _from_noise(q.base_dist, noise, outer + q.base_dist.batch_shape[size:])
     if isinstance(q, Normal):
-        return q.loc + q.scale * noise(event)
+        return q.loc + q.scale * noise(outer)
     if isinstance(q, MultivariateNormal):
-        eps = noise(event).unsqueeze(-1)
+        eps = noise(outer + q.event_shape).unsqueeze(-1)
         return q.loc + (q._unbroadcasted_scale_tril @ eps).squeeze(-1)
     return None
 
@@ -203,11 +212,6 @@ def inflated(q: Distribution, scale: float) -> Distribution:
         tril = scale * q._unbroadcasted_scale_tril
         return MultivariateNormal(q.loc, scale_tril=tril, validate_args=False)
     raise TypeError(f"{type(q).__name__} is not made of normals")
-
-
-def _to_event(q: Distribution, event_dim: int) -> Distribution:
-    missing = event_dim - len(q.event_shape)
-    return Independent(q, missing) if missing > 0 else q
 
 
 class FromNoise(Messenger):

@@ -8,24 +8,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-from torch.distributions import Independent, kl_divergence
-
 from pyrovae import config as cfg
 from pyrovae import page
 from pyrovae import report_numbers as numbers
 from pyrovae import report_pictures as views
-from pyrovae.data import Split
 from pyrovae.errors import InputError
 from pyrovae.evaluation import evaluate
+from pyrovae.information import information
 from pyrovae.page import Html, Section
 from pyrovae.report_numbers import Material
 from pyrovae.runs import Run, atomic_path
-from pyrovae.vae import VAE
 
 # Images that are encoded for the latent space's sake; the first ones.
 _ENCODED = 1000
+# Those whose rate is split, at the cost of the square of their number.
+_PAIRED = 500
 
 
 def write_report(
@@ -61,12 +58,12 @@ def write_report(
     run = run if isinstance(run, Run) else Run(run)
     config = cfg.run_config(run)
     path = _checked_path(Path(out) if out is not None else run.path / "report.html")
-    test = _test_split(run, config, data_root)
+    dataset = cfg.data_of(run, data_root)
+    protocol, test = dataset.protocol, dataset.test
     if num_images is not None:
         test = test.head(num_images)
     vae = cfg.load(run, device=device)
-    with cfg.naming(run.path / "metrics.jsonl"):
-        metrics = run.read_metrics()
+    metrics, environment = _records(run)
     result = evaluate(
         vae,
         test,
@@ -78,14 +75,14 @@ def write_report(
     material = Material(
         run,
         config,
-        run.read_json("environment.json"),
+        environment,
         metrics,
-        test.protocol,
+        protocol,
         vae,
         test,
         x,
         result,
-        kl_per_dim(vae, x),
+        information(vae.model, vae.guide, x[:_PAIRED], seed=seed),
     )
     text = render(material)
     with atomic_path(path) as temporary:
@@ -97,35 +94,6 @@ def render(m: Material) -> Html:
     """The page of a report."""
     title = f"Report of {m.run.path.resolve().name}"
     return page.page(title, numbers.intro(m), [make(m) for make in SECTIONS])
-
-
-@torch.no_grad()
-def kl_per_dim(vae: VAE, x: Tensor) -> Tensor | None:
-    """KL(q(z_d | x) || p(z_d)), averaged over x (N, *x_shape): (D,) nats; None without a formula.
-
-    A sum of such terms is the whole KL only where both distributions are independent over d.
-    """
-    q, p = vae.posterior(x), vae.prior()
-    if not (isinstance(q, Independent) and isinstance(p, Independent)):
-        return None
-    try:
-        return kl_divergence(q.base_dist, p.base_dist).mean(0).cpu()
-    except NotImplementedError:
-        return None
-
-
-def _test_split(run: Run, config: cfg.TrainConfig, data_root: str | None) -> Split:
-    if data_root is not None:
-        config = dataclasses.replace(config, data_root=data_root)
-    dataset = cfg.load_data(config)
-    _, stored = cfg.run_data(run)
-    if stored != dataset.protocol:
-        reason = stored.why_not_comparable(dataset.protocol) or "the split sizes differ"
-        raise InputError(
-            f"the data are not those the run was trained on: {reason}; restore them, or give the "
-            "right --data-root"
-        )
-    return dataset.test
 
 
 def _checked_path(path: Path) -> Path:
@@ -144,16 +112,18 @@ def reproduce(m: Material) -> Section:
     few = r.num_images < m.protocol.test_size
     limit = f" --limit {r.num_images}" if few else ""
     images = f" --num-images {r.num_images}" if few else ""
-    packages = [f"pyrovae=={m.environment['pyrovae']}"]
-    packages += [f"{name}=={v}" for name, v in m.environment["packages"].items() if v]
+    versions = m.environment["packages"]
+    # A registry knows a release, not the build of it that is here ("2.11.0+cpu").
+    packages = [f"{name}=={v.partition('+')[0]}" for name, v in versions.items() if v]
     lines = [
-        f"pip install {' '.join(packages)}",
+        f"pip install -e . {' '.join(packages)}",
         f"pyrovae train {train_flags(m.config)} --out {run}",
         f"pyrovae evaluate {run} {options}{limit}",
         f"pyrovae report {run} {options}{images}",
     ]
     lead = (
-        "These commands install the software, train the model, evaluate it, and write this page. "
+        f"These commands, given in a checkout of pyrovae {m.environment['pyrovae']}, install the "
+        "software, train the model, evaluate it, and write this page. "
         "On the same machine and device they give the same numbers; elsewhere, numbers that "
         "differ by rounding in training."
     )
@@ -161,10 +131,14 @@ def reproduce(m: Material) -> Section:
     text = json.dumps(summary, indent=1, allow_nan=False).replace("<", "\\u003c")
     data = Html(f'<script type="application/json" id="evaluation">{text}</script>')
     last = page.paragraph("For programs, the evaluation is in this page's source as JSON.")
-    return Section(
+    return page.section(
         "reproduce",
+        "Reproduce",
         "How to reproduce this",
-        page.join(page.paragraph(lead), page.commands(lines), last, data),
+        page.paragraph(lead),
+        page.commands(lines),
+        last,
+        data,
     )
 
 
@@ -212,7 +186,7 @@ _WORDS = (
 
 def words(m: Material) -> Section:
     """The terms of this page."""
-    return Section("words", "Words", page.facts(_WORDS))
+    return page.section("words", "Words", "Words", page.facts(_WORDS))
 
 
 SECTIONS = (

@@ -9,7 +9,8 @@ from pyrovae import charts, page, pictures
 from pyrovae import config as cfg
 from pyrovae.data import Protocol, Split
 from pyrovae.evaluation import Evaluation
-from pyrovae.page import Html, Section, number
+from pyrovae.information import Information
+from pyrovae.page import Html, Section, number, plural
 from pyrovae.runs import Run
 from pyrovae.vae import VAE
 
@@ -28,8 +29,8 @@ class Material(NamedTuple):
     x: Tensor
     """The first of them, (n, *x_shape), on the device of the VAE."""
     result: Evaluation
-    kl: Tensor | None
-    """(D,) KL of each latent dimension, where it has a closed form."""
+    information: Information
+    """Of those: where their rate goes."""
 
     @property
     def noun(self) -> str:
@@ -40,6 +41,11 @@ class Material(NamedTuple):
     def drawn(self) -> bool:
         """Whether x can be shown."""
         return pictures.is_picture(self.vae.x_shape)
+
+    @property
+    def kl(self) -> Tensor | None:
+        """(D,) KL of each latent dimension, if it can be told."""
+        return self.information.dimensions.mean
 
     @property
     def order(self) -> list[int]:
@@ -62,7 +68,7 @@ def intro(m: Material) -> Html:
         "numbers compare only under the same data protocol."
     )
     active = "–" if r.active_units is None else f"{r.active_units} of {m.vae.latent_dim}"
-    share = r.pareto_k_above_0_7
+    above = "–" if r.pareto_k_above_0_7 is None else f"{r.pareto_k_above_0_7:.1%}"
     tiles = page.tiles(
         [
             (
@@ -70,12 +76,12 @@ def intro(m: Material) -> Html:
                 number(r.log_likelihood, 2, r.log_likelihood_se),
                 f"nats per {m.noun}, K = {r.num_particles:,}",
             ),
-            ("ELBO", number(r.elbo), f"nats per {m.noun}"),
+            ("ELBO", number(r.elbo), "nats, at most log p(x)"),
+            ("Bits per dimension", number(r.bits_per_dim, 4), "lower is better"),
             ("Rate", number(r.rate), "nats, KL(q ‖ p)"),
             ("Distortion", number(r.distortion), "nats, −E log p(x | z)"),
-            ("Bits per dimension", number(r.bits_per_dim, 4), "lower is better"),
             ("Active units", active, "latent dimensions in use"),
-            ("Pareto k above 0.7", "–" if share is None else f"{share:.1%}", f"of the {m.noun}s"),
+            ("Pareto k above 0.7", above, f"of the {m.noun}s; best near 0"),
         ]
     )
     return page.join(page.paragraph(lead), tiles)
@@ -86,14 +92,15 @@ def training(m: Material) -> Section:
     c, kind = m.config, m.vae.likelihood.kind
     best = max(m.metrics, key=lambda e: e["valid_elbo"], default=None)
     packages = m.environment["packages"]
+    draws = plural(c.num_particles, "draw")
     rows: list[tuple[str, object]] = [
         ("Data and protocol", m.protocol),
         ("One x", f"{' × '.join(map(str, m.vae.x_shape))} numbers, in [0, 1]"),
         ("Likelihood p(x | z)", f"{_named(c.likelihood, c.likelihood_args)}, a {kind}"),
-        ("Prior p(z)", f"{_named(c.prior, c.prior_args)}, {m.vae.latent_dim} dimensions"),
+        ("Prior p(z)", f"{_named(c.prior, c.prior_args)}, {plural(m.vae.latent_dim, 'dimension')}"),
         ("Posterior q(z | x)", _named(c.posterior, c.posterior_args)),
         ("Networks", f"{c.network}, {sum(p.numel() for p in m.vae.parameters()):,} parameters"),
-        ("Objective", f"{c.objective}, {c.num_particles} draw(s) of z per {m.noun}{_kl_term(c)}"),
+        ("Objective", f"{c.objective}, {draws} of z per {m.noun}{_kl_term(c)}"),
         (
             "Optimiser",
             f"{c.optimizer}, learning rate {c.lr:g} ({c.schedule}), batch {c.batch_size}",
@@ -101,7 +108,8 @@ def training(m: Material) -> Section:
     ]
     if best is not None:
         rows.append(("Epochs", f"{len(m.metrics)}; weights of epoch {best['epoch']}, the best"))
-        rows.append(("Training time", f"{m.metrics[-1]['seconds']:,.0f} s"))
+        seconds = m.metrics[-1]["seconds"]
+        rows.append(("Training time", f"{number(seconds, 0 if seconds >= 10 else 1)} s"))
     versions = ", ".join(f"{name} {value}" for name, value in packages.items() if value)
     rows += [
         ("Seeds", f"training {c.seed}, data {c.data_seed}, this report {m.result.seed}"),
@@ -112,8 +120,8 @@ def training(m: Material) -> Section:
         "The protocol says which data were used, how their values were prepared, and how they "
         "were split; it belongs to every number on this page."
     )
-    return Section(
-        "training", "What was trained", page.join(page.paragraph(lead), page.facts(rows))
+    return page.section(
+        "training", "Model", "What was trained", page.paragraph(lead), page.facts(rows)
     )
 
 
@@ -144,7 +152,7 @@ def curves(m: Material) -> Section:
     )
     if not m.metrics:
         nothing = page.paragraph("The run holds no metrics, so there are no curves to show.")
-        return Section("curves", "Training curves", nothing)
+        return page.section("curves", "Training", "Training curves", nothing)
     last = m.metrics[-1]
     elbo = page.chart(
         charts.elbo_curves(m.metrics),
@@ -175,7 +183,9 @@ def curves(m: Material) -> Section:
         ),
         page.figure(costs, "Rate and distortion on the validation split, each with its own scale."),
     )
-    return Section("curves", "Training curves", page.join(page.paragraph(lead), both, numbers))
+    return page.section(
+        "curves", "Training", "Training curves", page.paragraph(lead), both, numbers
+    )
 
 
 def likelihood(m: Material) -> Section:
@@ -220,11 +230,11 @@ def likelihood(m: Material) -> Section:
         [
             ("log p(x)", f"{number(r.log_likelihood, 3, r.log_likelihood_se)} nats per {m.noun}"),
             (
-                "… from the draws of z",
+                "Error from the draws",
                 f"± {number(r.log_likelihood_mc_error, 4)} nats, with a "
                 f"bias of about {number(r.bias, 4)}",
             ),
-            ("… from smoothed weights", f"{number(r.psis_log_likelihood, 3)} nats"),
+            ("By smoothed weights", f"{number(r.psis_log_likelihood, 3)} nats"),
             ("ELBO", f"{number(r.elbo, 3, r.elbo_se)} nats per {m.noun}"),
             ("Rate + distortion", f"{number(r.rate, 3)} + {number(r.distortion, 3)} nats"),
             ("Bits per dimension", number(r.bits_per_dim, 4)),
@@ -235,15 +245,15 @@ def likelihood(m: Material) -> Section:
     rows = [(f"{k:,}", number(b, 3), number(e, 3)) for k, b, e in r.curve]
     curve = page.table("Numbers behind the bound", ("K", "Bound, nats", "Standard error"), rows)
     body = page.join(page.paragraph(lead), trust, page.row(*figures), numbers, curve)
-    return Section("likelihood", "How probable are test data?", body)
+    return page.section("likelihood", "log p(x)", "How probable are test data?", body)
 
 
 def latent_use(m: Material) -> Section:
     """Active units, and the KL of each latent dimension."""
     r = m.result
     lead = (
-        f"The model describes each {m.noun} by {m.vae.latent_dim} latent numbers z, and need not "
-        "use them all. A dimension is active if its mean under q(z | x) differs from one "
+        f"The model describes each {m.noun} by {plural(m.vae.latent_dim, 'latent number')} z, and "
+        "need not use all. A dimension is active if its mean under q(z | x) differs from one "
         f"{m.noun} to another: a variance of at least 0.01."
     )
     if r.active_units is None:
@@ -271,11 +281,11 @@ def latent_use(m: Material) -> Section:
         )
         caption = (
             f"KL from q(z | x) to the prior: the nats per {m.noun} that each dimension carries, "
-            f"{number(float(m.kl.sum()))} in all, over {len(m.x):,} {m.noun}s."
+            f"{number(float(m.kl.sum()))} in all, over {m.information.num_images:,} {m.noun}s."
         )
         parts.append(page.figure(chart, caption))
     else:
-        active += " The KL has no formula for each dimension alone with this posterior and prior."
+        active += f" The KL cannot be told by dimension: {m.information.dimensions.method}."
     kl = [number(float(v), 3) for v in m.kl] if m.kl is not None else ["–"] * m.vae.latent_dim
     spread = ["–"] * m.vae.latent_dim
     if variance is not None:
@@ -283,5 +293,22 @@ def latent_use(m: Material) -> Section:
     rows = [(f"z{d}", kl[d], spread[d]) for d in m.order]
     head = ("Dimension", "KL, nats", "Variance of the mean")
     numbers = page.table("Numbers behind these charts", head, rows)
-    body = page.join(page.paragraph(f"{lead} {active}"), page.row(*parts), numbers)
-    return Section("latents", "What the latent dimensions carry", body)
+    split = page.paragraph(_split(m))
+    body = page.join(page.paragraph(f"{lead} {active}"), split, page.row(*parts), numbers)
+    return page.section("latents", "Latent use", "What the latent dimensions carry", body)
+
+
+def _split(m: Material) -> str:
+    i = m.information
+    if i.mutual_information is None or i.aggregate_kl is None:
+        return (
+            f"How much of the rate tells {m.noun}s apart cannot be said: this posterior gives no "
+            "density for a z that it did not draw."
+        )
+    return (
+        f"Of the rate of {number(i.rate, 2, i.rate_se)} nats over {i.num_images:,} {m.noun}s, "
+        f"{number(i.mutual_information)}, I(x; z), tell which {m.noun} z came from (log "
+        f"{i.num_images:,} = {number(i.limit)} would tell all), and {number(i.aggregate_kl)}, "
+        f"KL(q(z) ‖ p(z)), are paid because the z of all {m.noun}s together are not spread as the "
+        f"prior is. {i.bias.replace('||', '‖')}."
+    )

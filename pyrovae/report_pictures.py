@@ -26,24 +26,24 @@ def samples(m: Material) -> Section:
     """Draws from the model, as means and as draws of x."""
     title = "New images from the model" if m.drawn else "New observations from the model"
     if not m.drawn:
-        return Section("samples", title, _no_picture(m))
+        return page.section("samples", "Samples", title, _no_picture(m))
     lead = (
         "Each image starts from random numbers z drawn from the prior; no test image is involved. "
         "The decoder turns z into a distribution of x, of which there is the mean, and a draw."
     )
     parts = []
-    for mean, what in ((True, "means E[x | z]"), (False, "draws of x from p(x | z)")):
+    for mean, what in ((True, "Means, E[x | z]"), (False, "Draws of x from p(x | z)")):
         # One seed gives one z: the two sheets show the same 36.
         x = m.vae.generate(_SAMPLES, mean=mean, seed=m.result.seed)
         alt = f"A grid of {_SAMPLES} images made by the model: {what}."
-        parts.append(page.figure(page.picture(x, alt, 6, width=440), what.capitalize()))
-    return Section("samples", title, page.join(page.paragraph(lead), page.row(*parts)))
+        parts.append(page.figure(page.picture(x, alt, 6, width=440), what))
+    return page.section("samples", "Samples", title, page.paragraph(lead), page.row(*parts))
 
 
 def reconstructions(m: Material) -> Section:
     """Test images beside what is left of them after q(z | x) and the decoder."""
     if not m.drawn:
-        return Section("reconstructions", "Reconstructions", _no_picture(m))
+        return page.section("reconstructions", "Reconstructions", "Reconstructions", _no_picture(m))
     lead = (
         "A test image is encoded, a z is drawn from q(z | x), and z is decoded again. What is lost "
         "on the way did not fit into z."
@@ -57,7 +57,13 @@ def reconstructions(m: Material) -> Section:
         alt = f"Test images {start} to {start + len(one) - 1}, each above its reconstruction."
         rows.append(page.picture(torch.cat([one, other]), alt, len(one)))
     body = page.figure(page.join(*rows), "Originals above, their reconstructions below.")
-    return Section("reconstructions", "Reconstructions", page.join(page.paragraph(lead), body))
+    return page.section(
+        "reconstructions",
+        "Reconstructions",
+        "Reconstructions",
+        page.paragraph(lead),
+        body,
+    )
 
 
 def extremes(m: Material) -> Section:
@@ -66,7 +72,8 @@ def extremes(m: Material) -> Section:
     lead = (
         f"log p(x) differs from {m.noun} to {m.noun}. High values often mean simple {m.noun}s, not "
         f"typical ones; low values point at rare or damaged {m.noun}s, or at what the model did "
-        "not learn."
+        f"not learn. Below each {m.noun}: its log p(x) in nats, its Pareto k, and its place in the "
+        "test split, counted from 0."
     )
     order = m.result.per_image.log_likelihood.argsort(descending=True, stable=True)
     n = max(1, min(_EXTREMES, len(order) // 2))
@@ -75,7 +82,7 @@ def extremes(m: Material) -> Section:
     for heading, chosen in (("Highest log p(x)", best), ("Lowest log p(x)", worst)):
         parts.append(Html(f"<h3>{heading}</h3>"))
         parts.append(_scored(m, chosen))
-    return Section("extremes", title, page.join(*parts))
+    return page.section("extremes", "Best and worst", title, *parts)
 
 
 def _scored(m: Material, chosen: Sequence[int]) -> Html:
@@ -88,12 +95,12 @@ def _scored(m: Material, chosen: Sequence[int]) -> Html:
     if not m.drawn:
         head = ("log p(x), nats", "Pareto k", "Label", "Index in the test split")
         cells = [(score, k, "–" if y is None else y, i) for score, k, y, i in rows]
-        return page.table("Show them", head, cells)
+        return page.table("Their scores", head, cells, opened=True)
     x = m.test.tensor()[list(chosen)]
     items = []
     for image, (score, k, label, i) in zip(x, rows, strict=True):
         alt = f"Test image {i}" + ("" if label is None else f", label {label}")
-        words = [f"{score} nats", f"k = {k}", f"image {i}"]
+        words = [score, f"k = {k}", f"image {i}"]
         if label is not None:
             words.append(f"label {label}")
         items.append((page.picture(image.unsqueeze(0), alt, width=104), words))
@@ -132,19 +139,25 @@ def plane(m: Material) -> Section:
             "The decoder at every place of this plane, on a grid even in prior probability: z0 to "
             "the right, z1 upwards."
         )
-        parts.append(page.figure(page.picture(x, alt, size, width=440), caption))
-    return Section("plane", "The latent space", page.join(page.paragraph(lead), page.row(*parts)))
+        parts.append(page.figure(page.picture(x, alt, size, 440, gap=0), caption))
+    return page.section(
+        "plane",
+        "Latent space",
+        "The latent space",
+        page.paragraph(lead),
+        page.row(*parts),
+    )
 
 
 def interpolations(m: Material) -> Section:
     """Walks between pairs of test images."""
     title = "Between two images" if m.drawn else "Between two observations"
     if not m.drawn:
-        return Section("interpolations", title, _no_picture(m))
+        return page.section("interpolations", "Interpolation", title, _no_picture(m))
     pairs = min(_WALKS, len(m.x) // 2)
     if pairs == 0:
         nothing = page.paragraph("It takes two test images to walk between them.")
-        return Section("interpolations", title, nothing)
+        return page.section("interpolations", "Interpolation", title, nothing)
     lead = (
         "At both ends of a row stands a test image; between them, what the decoder makes of the "
         "straight line between their encodings. A smooth change through plausible images means "
@@ -160,14 +173,14 @@ def interpolations(m: Material) -> Section:
     sheet = page.picture(rows.flatten(0, 1), alt, _STEPS + 2)
     caption = "First and last: test images. Between: E[x | z] along the line."
     body = page.figure(sheet, caption)
-    return Section("interpolations", title, page.join(page.paragraph(lead), body))
+    return page.section("interpolations", "Interpolation", title, page.paragraph(lead), body)
 
 
 def traversals(m: Material) -> Section:
     """What the most used latent dimensions do to one test image."""
     title = "What single latent dimensions do"
     if not m.drawn:
-        return Section("traversals", title, _no_picture(m))
+        return page.section("traversals", "Traversal", title, _no_picture(m))
     walk = pictures.traverse(m.vae, m.x, m.order[:_STRIPS], _STEPS, _SPAN)
     lead = (
         "The first test image is encoded; then one latent number moves through its prior, from "
@@ -178,14 +191,12 @@ def traversals(m: Material) -> Section:
         _strip(m, d, x, values) for d, x, values in zip(walk.dims, walk.x, walk.values, strict=True)
     ]
     body = Html(f'<ul class="strips">{"".join(strips)}</ul>')
-    return Section("traversals", title, page.join(page.paragraph(lead), body))
+    return page.section("traversals", "Traversal", title, page.paragraph(lead), body)
 
 
 def _strip(m: Material, d: int, x: Tensor, values: Tensor) -> Html:
     low, high = (number(float(v), 1) for v in values[[0, -1]])
     alt = f"Decoded images with z{d} going from {low} to {high}."
-    words = f"{low} to {high}"
-    if m.kl is not None:
-        words += f", KL {number(float(m.kl[d]))} nats"
+    words = f"{low} to {high}" if m.kl is None else f"KL {number(float(m.kl[d]))} nats"
     label = f"<span><b>z{d}</b><br>{page.text(words)}</span>"
     return Html(f"<li>{label}{page.picture(x, alt, len(x), width=760)}</li>")

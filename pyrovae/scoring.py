@@ -22,7 +22,7 @@ from torch import Tensor
 
 from pyrovae import config as cfg
 from pyrovae import importance, sources
-from pyrovae.comparison import Progress, checkpoint_digest, run_data
+from pyrovae.comparison import Progress, checkpoint_digest
 from pyrovae.data import Protocol, Split
 from pyrovae.errors import InputError
 from pyrovae.evaluation import TRUSTED_K, bits_per_dim, evaluate
@@ -264,7 +264,7 @@ def training_reference(
     if (run.path / name).is_file():
         with suppress(InputError, KeyError, TypeError, ValueError):  # damaged: computed again
             return torch.tensor(run.read_json(name)["log_likelihood"], dtype=torch.float64)
-    train = run_data(run, data_root).train
+    train = cfg.data_of(run, data_root).train
     generator = torch.Generator().manual_seed(seed)
     index = torch.randperm(len(train), generator=generator)[:size]
     chosen = replace(

@@ -67,6 +67,22 @@ class VAE(nn.Module):
         super().__setstate__(state)
         self._name_program()
 
+    def __repr__(self) -> str:
+        """A summary in a few lines; ``torch.nn.Module.__repr__(vae)`` is every layer."""
+        parts = [("prior", self.prior), ("posterior", self.posterior)]
+        parts += [("decoder", self.decoder), ("likelihood", self.likelihood)]
+        lines = [
+            f"VAE of x {self.x_shape}, {self.latent_dim} latents, {_parameters(self):,} parameters"
+        ]
+        for name, part in parts:
+            text = type(part).__name__
+            inner = getattr(part, "encoder", None)
+            if isinstance(inner, nn.Module):
+                text += f" on {type(inner).__name__}"
+            count = _parameters(part)
+            lines.append(f"  {name:<11} {text}" + (f", {count:,} parameters" if count else ""))
+        return "\n".join(lines)
+
     @property
     def x_shape(self) -> tuple[int, ...]:
         """Shape of one observation, (C, H, W) or (F,)."""
@@ -99,9 +115,11 @@ class VAE(nn.Module):
 
         Source for the bias: Burda et al., Importance Weighted Autoencoders (2016), section 5.
         """
-        if hasattr(self.prior, "initialize"):
-            self.prior.initialize(x)
-        if not hasattr(self.decoder, "start_at"):
+        initialize: Any = getattr(self.prior, "initialize", None)
+        if initialize is not None:
+            initialize(x)
+        start_at: Any = getattr(self.decoder, "start_at", None)
+        if start_at is None:
             return
         best = x.new_zeros(1, *self.likelihood.params_shape, requires_grad=True)
         optimizer = torch.optim.Adam([best], lr=0.1)
@@ -113,14 +131,22 @@ class VAE(nn.Module):
         with torch.no_grad():
             z = self.prior().sample(x.shape[:1])
             before = self.likelihood(self.decoder(z)).log_prob(x).mean()
-            self.decoder.start_at(best)
+            start_at(best)
             # A narrow likelihood can suffer more from the decoder's first noise than it gains.
             if self.likelihood(self.decoder(z)).log_prob(x).mean() < before:
-                self.decoder.start_at(torch.zeros_like(best))
+                start_at(torch.zeros_like(best))
 
     @torch.no_grad()
     def generate(self, num_samples: int, *, mean: bool = False, seed: int | None = None) -> Tensor:
-        """Draw z ~ p(z), then x ~ p(x | z), or its mean E[x | z]; (num_samples, *x_shape)."""
+        """Draw z ~ p(z), then x ~ p(x | z), or its mean E[x | z]; (num_samples, *x_shape).
+
+        >>> from pyrovae import likelihoods, networks, posteriors, priors
+        >>> encoder, p = networks.MLPEncoder((1, 8, 8)), likelihoods.Bernoulli((1, 8, 8))
+        >>> q, decoder = posteriors.MeanField(encoder, 2), networks.MLPDecoder(2, p.params_shape)
+        >>> vae = VAE(prior=priors.StandardNormal(2), posterior=q, decoder=decoder, likelihood=p)
+        >>> vae.generate(3, seed=0).shape
+        torch.Size([3, 1, 8, 8])
+        """
         with _seeded(seed, self):
             z = self.prior().sample(torch.Size([num_samples]))
             return self.decode(z, mean=mean)
@@ -137,6 +163,13 @@ class VAE(nn.Module):
         """E_q[z | x] for x (*B, *x_shape): (*B, D).
 
         A posterior without a closed-form mean (a flow) is averaged over ``num_samples`` draws.
+
+        >>> from pyrovae import likelihoods, networks, posteriors, priors
+        >>> encoder, p = networks.MLPEncoder((1, 8, 8)), likelihoods.Bernoulli((1, 8, 8))
+        >>> q, decoder = posteriors.MeanField(encoder, 2), networks.MLPDecoder(2, p.params_shape)
+        >>> vae = VAE(prior=priors.StandardNormal(2), posterior=q, decoder=decoder, likelihood=p)
+        >>> vae.encode(torch.zeros(5, 1, 8, 8)).shape
+        torch.Size([5, 2])
         """
         q = self.posterior(x)
         try:
@@ -147,9 +180,52 @@ class VAE(nn.Module):
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor, *, mean: bool = True, seed: int | None = None) -> Tensor:
-        """Draw z ~ q(z | x), then give E[x | z] (or a draw of x): (*B, *x_shape)."""
+        """Draw z ~ q(z | x), then give E[x | z] (or a draw of x): (*B, *x_shape).
+
+        >>> from pyrovae import likelihoods, networks, posteriors, priors
+        >>> encoder, p = networks.MLPEncoder((1, 8, 8)), likelihoods.Bernoulli((1, 8, 8))
+        >>> q, decoder = posteriors.MeanField(encoder, 2), networks.MLPDecoder(2, p.params_shape)
+        >>> vae = VAE(prior=priors.StandardNormal(2), posterior=q, decoder=decoder, likelihood=p)
+        >>> vae.reconstruct(torch.zeros(5, 1, 8, 8), seed=0).shape
+        torch.Size([5, 1, 8, 8])
+        """
         with _seeded(seed, self):
             return self.decode(self.posterior(x).sample(), mean=mean)
+
+    @torch.no_grad()
+    def interpolate(self, a: Tensor, b: Tensor, steps: int = 9) -> Tensor:
+        """E[x | z] along the straight line from E_q[z | a] to E_q[z | b]: (*B, steps, *x_shape).
+
+        Args:
+            a: (*B, *x_shape), where the walks start.
+            b: (*B, *x_shape), where they end.
+            steps: points on each walk, both ends among them; at least 2.
+
+        Raises:
+            InputError: for shapes that differ, or fewer than 2 steps.
+
+        >>> from pyrovae import likelihoods, networks, posteriors, priors
+        >>> encoder, p = networks.MLPEncoder((1, 8, 8)), likelihoods.Bernoulli((1, 8, 8))
+        >>> q, decoder = posteriors.MeanField(encoder, 2), networks.MLPDecoder(2, p.params_shape)
+        >>> vae = VAE(prior=priors.StandardNormal(2), posterior=q, decoder=decoder, likelihood=p)
+        >>> vae.interpolate(torch.zeros(1, 8, 8), torch.ones(1, 8, 8), steps=5).shape
+        torch.Size([5, 1, 8, 8])
+        """
+        if a.shape != b.shape:
+            raise InputError(
+                f"expected as many starts as ends, of one shape; got {tuple(a.shape)} and "
+                f"{tuple(b.shape)}; give two images for each walk"
+            )
+        if steps < 2:
+            raise InputError(f"expected at least 2 steps, got {steps}; check --steps")
+        device = next((p.device for p in self.parameters()), torch.device("cpu"))
+        start, end = (self.encode(x.to(device)).unsqueeze(-2) for x in (a, b))
+        t = torch.linspace(0, 1, steps, dtype=start.dtype, device=start.device).unsqueeze(-1)
+        return self.decode(torch.lerp(start, end, t))
+
+
+def _parameters(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
 
 
 @contextmanager

@@ -1,9 +1,13 @@
 // Opens a page in headless Chromium and carries out a list of steps, each a DevTools command:
 //   node browser.mjs CHROMIUM PAGE < steps.json > results.json
-// A step is ["Domain.method", {parameters}], ["wait", milliseconds], ["evaluate", "an expression,
-// awaited if it is a promise"] or ["screenshot", "file.png"]. The results are one value a step, and
-// what went wrong besides: errors of the page, and every address it asked for.
-// DevTools is spoken to over a pipe, which needs no package.
+// A step is one of
+//   ["Domain.method", {parameters}]
+//   ["evaluate", "an expression, awaited if it is a promise"]
+//   ["mouse" or "touch", "kind of event", "selector", across, down], at that share of the element
+//   ["screenshot", "file.png"]
+//   ["wait", milliseconds]
+// The results are one value a step, and besides them the errors of the page and every address that
+// it asked for. DevTools is spoken to over a pipe, which needs no package.
 
 import { spawn } from "node:child_process";
 import { mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
@@ -41,7 +45,7 @@ function receive({ id, result, error, method, params }) {
   if (method === "Page.loadEventFired") loaded?.();
   if (method === "Runtime.exceptionThrown")
     errors.push(params.exceptionDetails.exception?.description ?? params.exceptionDetails.text);
-  if (method === "Log.entryAdded") errors.push(params.entry.text);
+  if (method === "Log.entryAdded" && params.entry.level === "error") errors.push(params.entry.text);
   if (method === "Network.requestWillBeSent") requests.push(params.request.url);
 }
 
@@ -52,14 +56,32 @@ browser.stdio[4].setEncoding("utf8").on("data", (text) => {
   for (const message of messages) receive(JSON.parse(message));
 });
 
-async function perform([name, what]) {
-  if (name === "wait") return new Promise((done) => setTimeout(done, what));
-  if (name === "evaluate") {
-    const expression = { expression: what, awaitPromise: true, returnByValue: true };
-    const { result, exceptionDetails: wrong } = await send("Runtime.evaluate", expression);
-    if (wrong) throw new Error(wrong.exception?.description ?? wrong.text);
-    return result.value;
+async function evaluate(expression) {
+  const params = { expression, awaitPromise: true, returnByValue: true };
+  const { result, exceptionDetails: wrong } = await send("Runtime.evaluate", params);
+  if (wrong) throw new Error(wrong.exception?.description ?? wrong.text);
+  return result.value;
+}
+
+async function pointer(name, type, selector, across, down) {
+  const { x, y } = await evaluate(`(() => {
+    const element = document.querySelector(${JSON.stringify(selector)});
+    element.scrollIntoView({ block: "center" });
+    const box = element.getBoundingClientRect();
+    return { x: box.left + ${across} * box.width, y: box.top + ${down} * box.height };
+  })()`);
+  if (name === "touch") {
+    const touchPoints = type === "touchEnd" ? [] : [{ x, y }];
+    return send("Input.dispatchTouchEvent", { type, touchPoints });
   }
+  const held = { button: "left", buttons: type === "mouseReleased" ? 0 : 1, clickCount: 1 };
+  return send("Input.dispatchMouseEvent", { type, x, y, ...held });
+}
+
+async function perform([name, what, ...rest]) {
+  if (name === "wait") return new Promise((done) => setTimeout(done, what));
+  if (name === "evaluate") return evaluate(what);
+  if (name === "mouse" || name === "touch") return pointer(name, what, ...rest);
   if (name === "screenshot") {
     const { data } = await send("Page.captureScreenshot", { captureBeyondViewport: false });
     writeFileSync(what, Buffer.from(data, "base64"));

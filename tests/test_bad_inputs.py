@@ -555,7 +555,7 @@ RUNS: dict[str, tuple[Callable[[Path], None], list[str], str]] = {
     "data changed": (
         _other_images,
         [RESUME, "evaluate run", "reconstruct run"],
-        "the data are not those the run was trained on",
+        "the data are not those run was trained on",
     ),
 }
 

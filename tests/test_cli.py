@@ -22,7 +22,7 @@ from PIL import Image
 
 import pyrovae
 from pyrovae import (
-    commands,
+    annealing,
     data,
     likelihoods,
     networks,
@@ -30,10 +30,15 @@ from pyrovae import (
     optimizers,
     posteriors,
     priors,
+    proposals,
+    settings,
     training,
 )
 from pyrovae import config as cfg
-from pyrovae.cli import INFO, main
+from pyrovae.cli import main
+from pyrovae.commands import info as info_command
+from pyrovae.commands import train as train_command
+from pyrovae.parser import COMMANDS, INFO
 from pyrovae.runs import Run, load_checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -149,7 +154,7 @@ def test_the_first_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     done = shell("train --hidden 8 --latent-dim 2 --epochs 1 --final-particles 2 --device cpu")
     assert done.status == 0, done.err
     run = tmp_path / "runs" / "digits-bernoulli"
-    assert names(run) == RECORDS | PICTURES | {"evaluation.json"}
+    assert names(run) == RECORDS | PICTURES | {"evaluation.json", "evaluations"}
     assert names(run / "checkpoints") == {"last.pt", "best.pt"}
     assert all(drawn(run / picture) for picture in PICTURES)
 
@@ -328,7 +333,7 @@ def test_stopped_after_training(here: Path, monkeypatch: pytest.MonkeyPatch) -> 
     def evaluation(*args: Any) -> None:
         signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(commands, "run_evaluation", evaluation)
+    monkeypatch.setattr(train_command, "run_evaluation", evaluation)
     assert shell(f"{TINY} --epochs 1 --final-particles 1 --out stopped").status == 130
     assert names(here / "stopped") == RECORDS | PICTURES
 
@@ -400,6 +405,10 @@ REGISTRIES: dict[str, Any] = {
     "binarize": ("auto", *data.BINARIZE),
     "dequantize": ("auto", *data.DEQUANTIZE),
     "split": data.SPLITS,
+    "method": tuple(settings.UNUSED),
+    "proposal": proposals.KINDS,
+    "start": annealing.STARTS,
+    "step_sizes": annealing.STEP_SIZES,
 }
 
 
@@ -408,6 +417,9 @@ def test_names_are_those_of_the_registries(what: str) -> None:
     if what == "schedule":
         for name in cfg.NAMES[what]:
             training.learning_rate(name, 1.0, 0, 1)
+        return
+    if what == "log":
+        assert cfg.NAMES[what] == ("tensorboard",)
         return
     assert sorted(cfg.NAMES[what]) == sorted(REGISTRIES[what])
 
@@ -442,7 +454,7 @@ def test_version() -> None:
 def test_help_needs_no_torch() -> None:
     code = (
         "import sys\nfrom pyrovae.cli import main\n"
-        "for words in [], ['train'], ['evaluate'], ['sample'], ['reconstruct'], ['info']:\n"
+        f"for words in [], {', '.join(str([name]) for name in COMMANDS)}:\n"
         "    try: main([*words, '--help'])\n"
         "    except SystemExit as end: assert not end.code\n"
         "assert not {'torch', 'numpy', 'pyro', 'matplotlib'} & set(sys.modules)\n"
@@ -487,7 +499,7 @@ def test_failures_at_run_time(
     def fail(_: object) -> int:
         raise error
 
-    monkeypatch.setattr(commands, "info", fail)
+    monkeypatch.setattr(info_command, "info", fail)
     done = shell("info")
     assert (done.status, done.out) == (status, "")
     assert done.err.startswith("pyrovae: ")
@@ -499,6 +511,6 @@ def test_a_fault_of_ours_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(_: object) -> int:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(commands, "info", fail)
+    monkeypatch.setattr(info_command, "info", fail)
     with pytest.raises(RuntimeError, match="a bug"):
         main(["info"])

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pyro.distributions as dist
 import pytest
@@ -12,9 +13,13 @@ from tiny import tiny_vae
 import pyrovae as pv
 from pyrovae import config as cfg
 from pyrovae import data as datasets
-from pyrovae import evaluation
+from pyrovae import evaluation, quadrature
+from pyrovae.diagnostics import psis
 from pyrovae.errors import InputError
+from pyrovae.estimates import bounds, curve_sizes, delta_error, smoothed_log_mean_exp
 from pyrovae.evaluation import active_units, bits_per_dim, evaluate
+from pyrovae.importance import log_mean_exp
+from pyrovae.proposals import Proposal
 
 
 def split_of(x):
@@ -38,7 +43,9 @@ def test_against_the_closed_form(gaussian):
     images = result.per_image
     # relative variance of a weight, from the effective sample size: var(w)/K = 1/ESS - 1/K
     se = torch.sqrt(1 / images.ess - 1 / k)
-    assert ((images.log_likelihood - truth).abs() < 5 * se).all()
+    torch.testing.assert_close(images.mc_error, se, rtol=0.05, atol=0)
+    for estimates in (images.log_likelihood, images.psis_log_likelihood):
+        assert ((estimates - truth).abs() < 5 * images.mc_error).all()
     assert (se < 0.05).all()
     assert result.log_likelihood == pytest.approx(float(images.log_likelihood.mean()))
     assert result.log_likelihood_se == pytest.approx(
@@ -77,7 +84,7 @@ def test_memory_budget_does_not_move_the_answer(memory, k):
 
 
 def test_ragged_last_batch_counts_each_image_once(monkeypatch):
-    vae, data = tiny_vae()
+    vae, _ = tiny_vae()
     x = datasets.from_array(
         torch.randint(0, 2, (60, 1, 4, 4), dtype=torch.uint8), test_size=37, valid_size=3
     )
@@ -97,43 +104,26 @@ def test_reproducible_from_the_seed():
     assert a.log_likelihood != c.log_likelihood
 
 
-def log_evidence_by_quadrature(vae, x, limit=6.0, points=241):
-    """log p(x) of a VAE with two latents, by the trapezoidal rule over the latent plane."""
-    grid = torch.linspace(-limit, limit, points)
-    step = float(grid[1] - grid[0])
-    z = torch.cartesian_prod(grid, grid)
-    with torch.no_grad():
-        log_prior = vae.prior().log_prob(z).double()
-        params = vae.decoder(z)
-        rows = [vae.likelihood(params).log_prob(one).double() + log_prior for one in x]
-    return torch.stack([torch.logsumexp(row, 0) for row in rows]) + 2 * math.log(step)
-
-
 @pytest.mark.parametrize("likelihood", ["bernoulli", "discretized-logistic"])
 def test_two_latents_trained_on_digits_agree_with_quadrature(likelihood):
     config = cfg.resolve(
-        cfg.make(
-            cfg.TrainConfig, {"latent_dim": 2, "hidden": (64,), "likelihood": likelihood}
-        )
+        cfg.make(cfg.TrainConfig, {"latent_dim": 2, "hidden": (64,), "likelihood": likelihood})
     )
-    data = cfg.load_data(config)
-    vae = cfg.build(config, data)
-    pv.fit(vae, data, epochs=15, batch_size=64, lr=3e-3)
-    test = data.test.head(20)
-    k = 4000
-    result = evaluate(vae, test, k)
-    truth = log_evidence_by_quadrature(vae, test.tensor())
-    # the rule itself is exact to far less than the sampling error
-    finer = log_evidence_by_quadrature(vae, test.tensor()[:3], points=361)
-    assert (finer - truth[:3]).abs().max() < 0.01
-    images = result.per_image
-    trusted = images.pareto_k < 0.7
+    dataset = cfg.load_data(config)
+    vae = cfg.build(config, dataset)
+    pv.fit(vae, dataset, epochs=15, batch_size=64, lr=3e-3)
+    test = dataset.test.head(20)
+    exact = quadrature.evaluate(vae, test)
+    assert exact.largest_error < 1e-4
+    truth = exact.per_image.log_likelihood
+    for proposal in (Proposal(), Proposal("defensive")):
+        result = evaluate(vae, test, 4000, proposal=proposal)
+        images = result.per_image
+        trusted = images.pareto_k < 0.7
+        error = 5 * images.mc_error + 1e-4
+        assert ((images.log_likelihood - truth).abs() < error)[trusted].all()
+        assert result.elbo < exact.log_likelihood
     assert trusted.double().mean() > 0.5
-    se = torch.sqrt(1 / images.ess - 1 / k) + 0.005
-    assert ((images.log_likelihood - truth).abs() < 5 * se)[trusted].all()
-    # a lower bound of log p(x), for the others too
-    assert (images.log_likelihood < truth + 5 * se).all()
-    assert result.elbo < float(truth.mean())
 
 
 def test_bits_per_dim():
@@ -160,6 +150,127 @@ def test_uniform_density_and_uniform_mass_have_the_same_bits_per_dim():
     for r in results.values():
         distortion_bits = bits_per_dim(-r.distortion, r.kind, 255, 16)
         assert distortion_bits == pytest.approx(8.0, abs=1e-4)
+
+
+def gaussian_weights(k, replicates, scale=1.3, dims=2, seed=0):
+    """log N(z; 0, 1) - log N(z; 0, scale) for z from the latter: (K, R); the mean weight is one."""
+    g = torch.Generator().manual_seed(seed)
+    z = scale * torch.randn(k, replicates, dims, generator=g, dtype=torch.float64)
+    normal = torch.distributions.Normal
+    return (normal(0.0, 1.0).log_prob(z) - normal(0.0, scale).log_prob(z)).sum(-1)
+
+
+def relative_variance(scale, dims):
+    return (scale**2 / math.sqrt(2 * scale**2 - 1)) ** dims - 1
+
+
+def test_monte_carlo_error_and_bias_are_those_of_many_repetitions():
+    k, replicates = 100, 20_000
+    log_w = gaussian_weights(k, replicates, scale=2.0)
+    estimates = log_mean_exp(log_w)
+    error = delta_error(log_w)
+    spread = float(estimates.std())
+    assert float(error.mean()) == pytest.approx(spread, rel=0.02)
+    expected = math.sqrt(relative_variance(2.0, 2) / k)
+    assert float(error.mean()) == pytest.approx(expected, rel=0.02)
+    # log p(x) is zero, so the mean of the estimates is their bias
+    se = spread / math.sqrt(replicates)
+    bias = float((-0.5 * error**2).mean())
+    assert abs(float(estimates.mean()) - bias) < 5 * se + 0.1 * abs(bias)
+    assert float(estimates.mean()) < -5 * se
+
+
+def test_error_of_the_mean_over_images_is_what_another_seed_moves(gaussian):
+    vae, x = gaussian
+    results = [evaluate(vae, split_of(x), 100, seed=s, information_images=0) for s in range(40)]
+    values = torch.tensor([r.log_likelihood for r in results])
+    claimed = results[0].log_likelihood_mc_error
+    # a standard deviation of 40 values is known to 1 / sqrt(80)
+    assert float(values.std()) == pytest.approx(claimed, rel=5 / math.sqrt(80))
+    images = results[0].per_image
+    assert claimed == pytest.approx(math.sqrt(float((images.mc_error**2).sum())) / 50)
+    assert results[0].bias == pytest.approx(float(images.bias.mean()))
+    assert (images.bias < 0).all()
+
+
+def test_smoothed_estimate_has_the_scale_of_the_raw_weights():
+    """The largest fifth of the weights is replaced at most; all others keep their values."""
+    log_w = gaussian_weights(2000, 5, scale=0.8) - 1000
+    ours = smoothed_log_mean_exp(log_w, psis(log_w).log_weights)
+    smoothed = psis(log_w).log_weights
+    lowest = log_w.argmin(0, keepdim=True)
+    scale = (log_w - smoothed).gather(0, lowest)
+    torch.testing.assert_close(ours, scale[0] - math.log(2000), rtol=0, atol=1e-9)
+    torch.testing.assert_close(ours, log_mean_exp(smoothed + scale), rtol=0, atol=1e-9)
+    assert ((ours - log_mean_exp(log_w)).abs() > 1e-9).all()
+
+
+def test_smoothing_changes_nothing_where_there_is_no_tail():
+    for log_w in (gaussian_weights(20, 5) - 80, torch.full((100, 2), -80.0).double()):
+        ours = smoothed_log_mean_exp(log_w, psis(log_w).log_weights)
+        torch.testing.assert_close(ours, log_mean_exp(log_w), rtol=0, atol=1e-10)
+
+
+def test_smoothing_steadies_an_estimate_with_a_heavy_tail():
+    log_w = gaussian_weights(1000, 400, scale=0.7)
+    result = psis(log_w)
+    assert float(result.pareto_k.median()) > 0.5
+    raw, smooth = log_mean_exp(log_w), smoothed_log_mean_exp(log_w, result.log_weights)
+    assert float(smooth.std()) < float(raw.std())
+    assert abs(float(smooth.mean())) < 3 * float(smooth.std())
+
+
+@pytest.mark.parametrize("k", [1, 2, 9, 10, 11, 100, 777, 1000, 5000])
+def test_curve_of_bounds(k):
+    sizes = curve_sizes(k)
+    assert sizes[0] == 1
+    assert sizes[-1] == k
+    assert sizes == sorted(set(sizes))
+    assert all(size in (1, 10, 100, 1000) for size in sizes[:-1])
+    log_w = gaussian_weights(k, 6)
+    curve = bounds(log_w)
+    assert curve.shape == (6, len(sizes))
+    for size, column in zip(sizes, curve.T, strict=True):
+        groups = log_w[: k // size * size].view(k // size, size, 6)
+        torch.testing.assert_close(column, log_mean_exp(groups, 1).mean(0), rtol=1e-10, atol=1e-12)
+    if (
+        10 ** (len(sizes) - 1) == k or k == 5000
+    ):  # the same draws in every mean: Jensen's inequality
+        assert (curve.diff(dim=1) >= -1e-12).all()
+
+
+def test_curve_rises_within_its_error_to_the_truth(gaussian):
+    vae, x = gaussian
+    result = evaluate(vae, split_of(x), 777)
+    assert [k for k, _, _ in result.curve] == [1, 10, 100, 777]
+    images = result.per_image
+    rises = images.bounds.diff(dim=1)
+    se = rises.std(0) / math.sqrt(len(x))
+    assert (rises.mean(0) > -5 * se).all()
+    assert result.curve[0].bound == pytest.approx(result.elbo)
+    assert result.curve[-1].bound == pytest.approx(result.log_likelihood)
+    assert result.curve[-1].se == pytest.approx(result.log_likelihood_se)
+    gap = marginal(vae).log_prob(x) - images.bounds[:, 1]
+    assert float(gap.mean()) > 0.02  # ten draws leave slack
+    assert result.to_dict()["curve"] == [list(point) for point in result.curve]
+    assert "777: " in str(result)
+
+
+@pytest.mark.parametrize(
+    ("widen", "k", "sentence"),
+    [
+        (1.2, 200, "for 100.0% of the images: the estimate and its error can be trusted"),
+        (0.4, 200, r"--posterior.*--num-particles.*--proposal defensive.*pyrovae anneal"),
+        (1.2, 24, "Pareto k needs 25 draws; raise --num-particles"),
+        (1.0, 200, "all weights are equal"),
+    ],
+)
+def test_a_plain_sentence_says_what_can_be_trusted(gaussian, widen, k, sentence):
+    _, x = gaussian
+    result = evaluate(linear_gaussian(widen=widen), split_of(x), k)
+    assert re.search(sentence, result.trust)
+    assert result.trust in str(result)
+    assert "\n" not in result.trust
 
 
 def test_active_units():
@@ -193,6 +304,11 @@ def test_summary_prints_the_protocol_and_is_plain_json():
         assert part in text
     summary = json.loads(json.dumps(result.to_dict(), allow_nan=False))
     assert summary["log_likelihood_se"] is None  # one image has no standard error
+    assert summary["curve"][0][2] is None
+    assert summary["information"]["bias"] in result.information.bias
+    one_draw = evaluate(vae, data.test, 1)
+    assert "nan" not in str(one_draw)
+    json.dumps(one_draw.to_dict(), allow_nan=False)
     assert "per_image" not in summary
 
 

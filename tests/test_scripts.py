@@ -70,7 +70,7 @@ def test_the_command_line_reads_a_scripts_run(
 def test_training_learns(trained: Path) -> None:
     lines = (trained / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     elbo = [json.loads(line)["valid_elbo"] for line in lines]
-    assert elbo[2] > elbo[0] + 1
+    assert elbo[2] > elbo[0] + 0.3
 
 
 def test_options_reach_the_model(tmp_path: Path) -> None:

@@ -1,0 +1,120 @@
+"""``pyrovae train --dry-run``: everything but the training, and what that would cost."""
+
+import dataclasses
+import itertools
+import statistics
+import time
+from typing import Any
+
+import torch
+
+from pyrovae import config as cfg
+from pyrovae import data, objectives
+from pyrovae.commands.info import count
+from pyrovae.commands.output import show
+from pyrovae.training import fit
+from pyrovae.vae import VAE
+
+# Steps that are timed; the first, which pays for what is set up once, is left out.
+_STEPS = 5
+_VALIDATED = 500
+
+
+def dry_run(
+    config: cfg.TrainConfig,
+    dataset: data.Data,
+    vae: VAE,
+    device: torch.device,
+    fit_settings: dict[str, Any],
+) -> int:
+    """Take a few steps in memory; print the settings, the shapes, and the cost of an epoch."""
+    few = data.Data(
+        dataset.train.head(_STEPS * config.batch_size),
+        dataset.valid.head(_VALIDATED),
+        dataset.test.head(1),
+        dataset.protocol,
+    )
+    objective = objectives.REGISTRY[config.objective](config.num_particles)
+    times: list[float] = []
+    ends: list[float] = []
+    history = fit(
+        vae,
+        few,
+        objective=objective,
+        device=device,
+        progress=False,
+        epochs=1,
+        should_stop=lambda: _note(times, device),
+        callback=lambda _: ends.append(time.perf_counter()),
+        **fit_settings,
+    )
+    lengths = [b - a for a, b in itertools.pairwise(times)]
+    kept = activations(vae, few.train, config, device)
+    weights = sum(t.nbytes for t in vae.state_dict().values())
+    # The gradient, two moments of Adam, and the best weights so far; then the moving average.
+    training = weights * (5 + (config.ema is not None)) + kept
+    held = sum(split.raw.nbytes for split in (dataset.train, dataset.valid, dataset.test))
+
+    shown = {k: v for k, v in dataclasses.asdict(config).items() if v not in (None, {}, False)}
+    rows = list(shown.items())
+    rows += [
+        ("protocol", dataset.protocol),
+        ("x", dataset.x_shape),
+        ("decoder output", tuple(vae.likelihood.params_shape)),
+        ("parameters", f"{count(vae):,}"),
+        ("memory", f"about {_size(training)} on {device}, {_size(held)} of data"),
+        ("loss of one step", f"{history.metrics[0]['train_loss']:.3f} nats per image"),
+    ]
+    if lengths:
+        step = statistics.median(lengths)
+        steps = -(-len(dataset.train) // config.batch_size)
+        validation = (ends[0] - times[-1]) * len(dataset.valid) / len(few.valid)
+        epoch = steps * step + validation
+        rows += [
+            ("time of one step", f"{1000 * step:.1f} ms, forward and backward and update"),
+            ("time of an epoch", f"about {epoch:.1f} s: {steps:,} steps and the validation"),
+            ("time of all", f"about {_duration(config.epochs * epoch)}"),
+        ]
+    show("\n".join([*(f"{name:<18} {value}" for name, value in rows), "nothing was written"]))
+    return 0
+
+
+def _note(times: list[float], device: torch.device) -> bool:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    times.append(time.perf_counter())
+    return False
+
+
+def activations(vae: VAE, split: data.Split, config: cfg.TrainConfig, device: torch.device) -> int:
+    """Bytes that a forward pass keeps for the backward pass, of one batch."""
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    x = split.head(config.batch_size).tensor(torch.Generator().manual_seed(0)).to(device)
+    own = {p.untyped_storage().data_ptr() for p in vae.parameters()}
+    with torch.random.fork_rng(), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        z = vae.posterior(x).rsample(torch.Size([config.num_particles]))
+        loss = -vae.likelihood(vae.decoder(z)).log_prob(x).sum() - vae.prior().log_prob(z).sum()
+    # The graph is alive until here, so no two storages had one address.
+    del loss
+    return sum(size for address, size in kept.items() if address not in own)
+
+
+def _size(num_bytes: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.0f} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.1f} GB"
+
+
+def _duration(seconds: float) -> str:
+    for unit, length in (("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.0f} s"

@@ -1,0 +1,241 @@
+"""``pyrovae train``: check everything, then train, evaluate and draw pictures."""
+
+import argparse
+import dataclasses
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from pyrovae import comparison, data, objectives, plots, runs, tracking
+from pyrovae import config as cfg
+from pyrovae.cli import settings
+from pyrovae.commands.dry_run import dry_run
+from pyrovae.commands.info import count, describe
+from pyrovae.commands.output import check_writable, quoted, say, show
+from pyrovae.errors import InputError
+from pyrovae.evaluation import evaluate as run_evaluation
+from pyrovae.runs import Run
+from pyrovae.training import check_data, fit, resolve_device
+from pyrovae.vae import VAE
+
+
+def train(args: argparse.Namespace) -> int:
+    """``pyrovae train``: check everything, then train, evaluate and draw pictures."""
+    given = settings(args, cfg.TrainConfig)
+    if args.out == "":
+        raise InputError("--out expects a directory, got an empty name; leave it out for runs/...")
+    if args.resume and args.overwrite:
+        raise InputError("--resume continues a run and --overwrite replaces it; give one of them")
+    if args.resume:
+        run, config = _resumed(args, given)
+    else:
+        config = cfg.resolve(cfg.make(cfg.TrainConfig, given))
+        run = Run(args.out or cfg.default_out(config))
+        _check_free(run, args.overwrite)
+    device = resolve_device(config.device)
+    dataset = cfg.load_data(config)
+    vae = cfg.build(config, dataset)
+    check_data(vae.likelihood, dataset)
+    if config.log is not None:
+        tracking.check_installed()
+    if args.resume:
+        cfg.check_same_data(run, dataset)
+    if args.dry_run:
+        return dry_run(config, dataset, vae, device, _fit_settings(config))
+    if args.resume:
+        run.write_json("config.json", dataclasses.asdict(config))
+    else:
+        _start(run, config, dataset, device)
+
+    say(f"data      {dataset.protocol}", args.quiet)
+    say(f"model     {describe(config, vae)}", args.quiet)
+    say(f"run       {run.path} on {device}", args.quiet)
+    with _interrupts() as interrupts, _tracker(config, run, vae, dataset, args.resume) as tracker:
+        history = fit(
+            vae,
+            dataset,
+            objective=objectives.REGISTRY[config.objective](config.num_particles),
+            run=run,
+            resume=args.resume,
+            device=device,
+            progress=False if args.quiet else None,
+            should_stop=interrupts.asked,
+            callback=tracker,
+            epochs=config.epochs,
+            **_fit_settings(config),
+        )
+        # The weights may be others now, and the number of a run must be that of its weights.
+        (run.path / "evaluation.json").unlink(missing_ok=True)
+        if history.stopped == "interrupted":
+            say(f"stopped; all is saved. Continue: pyrovae train --out {quoted(run.path)} --resume")
+            return 128 + interrupts.signal
+        interrupts.immediate = True
+        if history.stopped == "patience":
+            say(f"stopped early: no better validation ELBO in {config.patience} epochs", args.quiet)
+        best = f"epoch {history.best_epoch}, validation ELBO {history.best_elbo:.3f}"
+        say(f"best      {best}", args.quiet)
+        _draw_pictures(run, vae, dataset, history.metrics)
+        if config.final_particles:
+            result = run_evaluation(vae, dataset.test, config.final_particles)
+            run.write_json("evaluation.json", result.to_dict())
+            comparison.keep(run, result, limit=None, parameters=count(vae))
+            show(str(result))
+    say(f"next      pyrovae evaluate {quoted(run.path)} --num-particles 5000", args.quiet)
+    return 0
+
+
+_FIT_SETTINGS = (
+    "batch_size",
+    "optimizer",
+    "lr",
+    "schedule",
+    "schedule_epochs",
+    "weight_decay",
+    "clip_norm",
+    "ema",
+    "patience",
+    "beta",
+    "kl_warmup",
+    "free_bits",
+    "seed",
+)
+
+
+def _fit_settings(config: cfg.TrainConfig) -> dict[str, Any]:
+    """What `fit` is told, but for the epochs."""
+    return {name: getattr(config, name) for name in _FIT_SETTINGS}
+
+
+@contextmanager
+def _tracker(
+    config: cfg.TrainConfig, run: Run, vae: VAE, dataset: data.Data, resume: bool
+) -> Iterator[Callable[[dict[str, Any]], None] | None]:
+    if config.log is None:
+        yield None
+        return
+    done = runs.load_checkpoint(run.last)["state"]["epoch"] if resume else 0
+    x = dataset.valid.head(16).tensor()
+    with tracking.TensorBoard(run.path / "tensorboard", vae, x, first_epoch=done + 1) as board:
+        yield board
+
+
+def _resumed(args: argparse.Namespace, given: dict[str, Any]) -> tuple[Run, cfg.TrainConfig]:
+    run = Run(args.out or cfg.default_out(cfg.make(cfg.TrainConfig, given)))
+    stored = cfg.run_config(run)
+    asked = cfg.make(cfg.TrainConfig, {**dataclasses.asdict(stored), **given})
+    for name in given:
+        same = getattr(asked, name) == getattr(stored, name) or getattr(asked, name) == "auto"
+        if name not in cfg.RESUMABLE and not same:
+            raise InputError(
+                f"the run was trained with {name}={getattr(stored, name)!r}; --resume cannot "
+                f"change it to {getattr(asked, name)!r}; leave the flag out, or use another --out"
+            )
+    keep = {name: getattr(asked, name) for name in given if name in cfg.RESUMABLE}
+    config = dataclasses.replace(stored, **keep)
+    planned = stored.schedule != "constant" and stored.schedule_epochs is None
+    if planned and config.epochs != stored.epochs:
+        raise InputError(
+            f"the {stored.schedule} schedule of this run was planned for {stored.epochs} epochs, "
+            "so --epochs cannot change; next time, plan with --schedule-epochs"
+        )
+    # All read now, so that damage is refused before anything is said or written.
+    with cfg.naming(run.path / "metrics.jsonl"):
+        run.read_metrics()
+    done = runs.load_checkpoint(run.last).get("state", {}).get("epoch", 0)
+    if run.best.exists():
+        runs.load_checkpoint(run.best)
+    if config.epochs < done:
+        raise InputError(
+            f"--epochs is the total, and the run has {done} already; got {config.epochs}; give "
+            f"{done} or more"
+        )
+    return run, config
+
+
+def _check_free(run: Run, overwrite: bool) -> None:
+    if run.exists():
+        # Other programs write a config.json too, and --overwrite must not touch their files.
+        if not all((run.path / name).is_file() for name in _RECORDS):
+            raise InputError(
+                f"{run.path} exists and is not a run, so it was left alone; choose another --out"
+            )
+        if not overwrite:
+            raise InputError(
+                f"{run.path} already holds a run; continue it with --resume, replace it with "
+                "--overwrite, or choose another --out"
+            )
+    parent = run.path
+    while not parent.exists():
+        parent = parent.parent
+    check_writable(parent)
+
+
+_RECORDS = ("config.json", "environment.json", "data.json")
+_RESULTS = (
+    "metrics.jsonl",
+    "evaluation.json",
+    "samples.png",
+    "reconstructions.png",
+    "curves.png",
+    "report.html",
+    "explore.html",
+)
+_FOLDERS = ("checkpoints", "evaluations", "scores", "annealing", "tensorboard")
+
+
+def _start(run: Run, config: cfg.TrainConfig, dataset: data.Data, device: torch.device) -> None:
+    for name in _RESULTS:
+        (run.path / name).unlink(missing_ok=True)
+    for name in _FOLDERS:
+        shutil.rmtree(run.path / name, ignore_errors=True)
+    run.write_json("config.json", dataclasses.asdict(config))
+    run.write_json("environment.json", runs.environment(device, config.seed, runs.command_line()))
+    facts = {"x_shape": list(dataset.x_shape), "protocol": dataset.protocol.to_dict()}
+    run.write_json("data.json", facts)
+
+
+def _draw_pictures(run: Run, vae: VAE, dataset: data.Data, metrics: list[dict[str, Any]]) -> None:
+    device = next(vae.parameters()).device
+    x = dataset.test.head(16).tensor().to(device)
+    if plots.is_picture(vae.x_shape):
+        plots.save(plots.samples(vae.generate(64, mean=True, seed=0)), run.path / "samples.png")
+        again = vae.reconstruct(x, seed=0)
+        plots.save(plots.reconstructions(x, again), run.path / "reconstructions.png")
+    plots.save(plots.curves(metrics), run.path / "curves.png")
+
+
+class _Interrupts:
+    """Remembers a signal until the training loop is at a point where it can save."""
+
+    def __init__(self) -> None:
+        self.signal = 0
+        self.immediate = False
+
+    def asked(self) -> bool:
+        return self.signal != 0
+
+    def __call__(self, signum: int, frame: object) -> None:
+        if self.immediate or self.signal:  # outside training, or a second time: at once
+            sys.exit(128 + signum)
+        self.signal = signum
+        say("stopping after this step ...")
+
+
+@contextmanager
+def _interrupts() -> Iterator[_Interrupts]:
+    handler = _Interrupts()
+    if threading.current_thread() is not threading.main_thread():
+        yield handler
+        return
+    old = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield handler
+    finally:
+        for s, previous in old.items():
+            signal.signal(s, previous)

@@ -39,9 +39,9 @@ STEP_SIZES = ("frozen", "adaptive")
 
 # The preliminary run that finds the step sizes: a sixteenth of the cost of a run of 16 chains.
 _PILOT_CHAINS = 4
-_PILOT_WARMUP = 30
-_PILOT_LEAST = 100
-_WARMUP_GAIN, _PILOT_GAIN, _CHAIN_GAIN = 0.5, 0.2, 0.05
+_PILOT_WARMUP = 20
+_PILOT_LEAST = 60
+_WARMUP_GAIN, _PILOT_GAIN, _CHAIN_GAIN = 0.5, 0.3, 0.05
 # On a CPU, as many chains as fit this are as fast as more, and progress is saved more often.
 _CPU_MEMORY = 16 * 2**20
 

@@ -72,9 +72,10 @@ const explorer = (() => {
     }
     const labels = data.points.labels;
     const what = drawing ? "A draw x from p(x | z)" : "The mean E[x | z]";
+    const far = Math.sqrt(least).toFixed(1);
     const text =
-      `${what}. ${sentence()} The nearest encoding of a test image is ${Math.sqrt(least).toFixed(1)} ` +
-      `away${labels ? ` and has label ${labels[nearest]}` : ""}.`;
+      `${what}. ${sentence()} The nearest encoding of a test image is ${far} away` +
+      `${labels ? ` and has label ${labels[nearest]}` : ""}.`;
     $("picture").setAttribute("aria-label", text);
     $("live").textContent = text;
   }
@@ -107,7 +108,8 @@ const explorer = (() => {
   function addLatents() {
     const { order, active } = data.latents;
     $("latents-help").textContent = active
-      ? `${active} of ${D} are active: their encodings vary, by 0.01 or more. The most active come first.`
+      ? `${active} of ${D} are active: their encodings vary, by 0.01 or more. ` +
+        "The most active come first."
       : `None of ${D} is active: the encodings hardly vary, so z tells nothing of x.`;
     for (const d of order.slice(0, Math.max(active, 4))) addSlider(d);
   }
@@ -137,11 +139,12 @@ const explorer = (() => {
     const began = performance.now();
     for (let n = 0; n < 5; n++) decodePicture();
     const took = (performance.now() - began) / 5;
+    const error = worst.toExponential(0);
     $("check").textContent =
       worst <= 1e-5
-        ? `Checked on opening: the decoder in this browser agrees with PyTorch's to ` +
-          `${worst.toExponential(0)}, and makes a picture in ${took.toFixed(1)} ms.`
-        : `Warning: the decoder in this browser differs from PyTorch's by ${worst.toExponential(0)}.`;
+        ? `Checked on opening: the decoder in this browser agrees with PyTorch's to ${error}, ` +
+          `and makes a picture in ${took.toFixed(1)} ms.`
+        : `Warning: the decoder in this browser differs from PyTorch's by ${error}.`;
     return { worst, took };
   }
 

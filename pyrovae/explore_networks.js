@@ -41,6 +41,23 @@ const networks = (() => {
     tanh: Math.tanh,
   };
 
+  // The sum of a[i + n] b[j + n] over n < count, as four sums that need not wait for each other.
+  function dot(a, i, b, j, count) {
+    let s = 0;
+    let t = 0;
+    let u = 0;
+    let v = 0;
+    const end = i + count;
+    for (; i + 4 <= end; i += 4, j += 4) {
+      s += a[i] * b[j];
+      t += a[i + 1] * b[j + 1];
+      u += a[i + 2] * b[j + 2];
+      v += a[i + 3] * b[j + 3];
+    }
+    for (; i < end; i++, j++) s += a[i] * b[j];
+    return s + t + (u + v);
+  }
+
   // Each layer owns the array it writes to, so that nothing is allocated while a picture moves.
   const LAYERS = {
     activation({ size, name }) {
@@ -55,11 +72,8 @@ const networks = (() => {
     linear({ inputs, outputs, weight, bias }, weights) {
       const y = new Float64Array(outputs);
       return (x) => {
-        for (let o = 0, w = weight; o < outputs; o++) {
-          let sum = weights[bias + o];
-          for (let i = 0; i < inputs; i++, w++) sum += weights[w] * x[i];
-          y[o] = sum;
-        }
+        for (let o = 0; o < outputs; o++)
+          y[o] = weights[bias + o] + dot(weights, weight + o * inputs, x, 0, inputs);
         return y;
       };
     },
@@ -85,45 +99,50 @@ const networks = (() => {
       };
     },
 
-    // A convolution reads where its transpose writes: position small * stride + tap - padding of
-    // the larger picture meets `small` of the smaller one.
+    // Channels last, in the picture and in the weights, so that each tap is one run of memory.
     convolution(spec, weights) {
       const { inputs, outputs, kernel, stride, padding, transposed, weight, bias } = spec;
       const [height, width, outHeight, outWidth] = spec.sides;
-      const [smallHeight, smallWidth] = transposed ? [height, width] : [outHeight, outWidth];
-      const [bigHeight, bigWidth] = transposed ? [outHeight, outWidth] : [height, width];
-      const area = outHeight * outWidth;
-      const y = new Float64Array(outputs * area);
-      const first = (tap) => Math.max(0, Math.ceil((padding - tap) / stride));
-      const last = (tap, small, big) =>
-        Math.min(small - 1, Math.floor((big - 1 + padding - tap) / stride));
+      const [area, outArea, taps] = [height * width, outHeight * outWidth, kernel * kernel];
 
+      const packed = new Float32Array(outputs * taps * inputs);
+      for (let o = 0, n = 0; o < outputs; o++)
+        for (let tap = 0; tap < taps; tap++)
+          for (let i = 0; i < inputs; i++)
+            packed[n++] =
+              weights[weight + (transposed ? i * outputs + o : o * inputs + i) * taps + tap];
+
+      // For every place along one side of the output and every tap, the input it reads, or -1.
+      const sources = (outSize, size) =>
+        Int32Array.from({ length: outSize * kernel }, (_, n) => {
+          const [place, tap] = [Math.floor(n / kernel), n % kernel];
+          const step = transposed
+            ? (place + padding - tap) / stride
+            : place * stride + tap - padding;
+          return Number.isInteger(step) && step >= 0 && step < size ? step : -1;
+        });
+      const rows = sources(outHeight, height);
+      const columns = sources(outWidth, width);
+
+      const last = new Float64Array(area * inputs);
+      const y = new Float64Array(outputs * outArea);
       return (x) => {
-        for (let o = 0; o < outputs; o++) y.fill(weights[bias + o], o * area, (o + 1) * area);
+        for (let i = 0; i < inputs; i++)
+          for (let p = 0; p < area; p++) last[p * inputs + i] = x[i * area + p];
         for (let o = 0; o < outputs; o++) {
-          for (let i = 0; i < inputs; i++) {
-            const pair = transposed ? i * outputs + o : o * inputs + i;
-            for (let ky = 0; ky < kernel; ky++) {
-              const bottom = last(ky, smallHeight, bigHeight);
-              for (let kx = 0; kx < kernel; kx++) {
-                const w = weights[weight + (pair * kernel + ky) * kernel + kx];
-                const left = first(kx);
-                const count = last(kx, smallWidth, bigWidth) - left + 1;
-                for (let row = first(ky); row <= bottom; row++) {
-                  const bigRow = row * stride + ky - padding;
-                  const bigLeft = left * stride + kx - padding;
-                  if (transposed) {
-                    let to = o * area + bigRow * outWidth + bigLeft;
-                    let from = i * height * width + row * width + left;
-                    for (let n = 0; n < count; n++, to += stride) y[to] += w * x[from++];
-                  } else {
-                    let to = o * area + row * outWidth + left;
-                    let from = i * height * width + bigRow * width + bigLeft;
-                    for (let n = 0; n < count; n++, from += stride) y[to++] += w * x[from];
-                  }
-                }
-              }
+          for (let p = 0; p < outArea; p++) {
+            const top = Math.floor(p / outWidth) * kernel;
+            const left = (p % outWidth) * kernel;
+            let sum = weights[bias + o];
+            for (let tap = 0; tap < taps; tap++) {
+              const row = rows[top + Math.floor(tap / kernel)];
+              const column = columns[left + (tap % kernel)];
+              if (row < 0 || column < 0) continue;
+              const from = (o * taps + tap) * inputs;
+              const at = (row * width + column) * inputs;
+              sum += dot(packed, from, last, at, inputs);
             }
+            y[o * outArea + p] = sum;
           }
         }
         return y;

@@ -57,19 +57,6 @@ def sheet(
     return page
 
 
-@torch.no_grad()
-def interpolate(vae: "VAE", a: Tensor, b: Tensor, steps: int = 9) -> Tensor:
-    """E[x | z] along the straight line from E_q[z | a] to E_q[z | b]: (N, steps, *x_shape).
-
-    Args:
-        vae: the model.
-        a: (N, *x_shape), where the walks start.
-        b: (N, *x_shape), where they end.
-        steps: points on each walk, both ends among them; at least 2.
-    """
-    return vae.interpolate(a, b, steps)
-
-
 class Traversal(NamedTuple):
     """What each of some latent dimensions does to an image; see `traverse`."""
 

@@ -81,7 +81,7 @@ def interpolation(vae: "VAE", a: Tensor, b: Tensor, steps: int = 9) -> "Figure":
         b: (N, *x_shape), right.
         steps: points on each walk.
     """
-    walks = pictures.interpolate(vae, a, b, steps).cpu()
+    walks = vae.interpolate(a, b, steps).cpu()
     rows = torch.cat([a.cpu().unsqueeze(1), walks, b.cpu().unsqueeze(1)], 1)
     return _page(rows.flatten(0, 1), steps + 2, title="original, decoded on the way, original")
 

@@ -23,6 +23,8 @@ from pyrovae.runs import Run, atomic_path
 _ENCODED = 1000
 # Those whose rate is split, at the cost of the square of their number.
 _PAIRED = 500
+# What the page shows of every epoch.
+_METRICS = ("epoch", "seconds", "train_loss", "valid_elbo", "valid_rate", "valid_distortion")
 
 
 def write_report(
@@ -94,6 +96,21 @@ def render(m: Material) -> Html:
     """The page of a report."""
     title = f"Report of {m.run.path.resolve().name}"
     return page.page(title, numbers.intro(m), [make(m) for make in SECTIONS])
+
+
+def _records(run: Run) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Metrics and environment of a run; InputError naming the file that lacks what is shown."""
+    with cfg.naming(run.path / "metrics.jsonl"):
+        metrics = run.read_metrics()
+        for line in metrics:
+            for name in _METRICS:
+                float(line[name])
+    environment = run.read_json("environment.json")
+    with cfg.naming(run.path / "environment.json"):
+        for name in ("pyrovae", "python", "device", "device_name"):
+            str(environment[name])
+        dict(environment["packages"])
+    return metrics, environment
 
 
 def _checked_path(path: Path) -> Path:

@@ -164,7 +164,7 @@ def interpolations(m: Material) -> Section:
         "that the latent space has no holes there."
     )
     a, b = m.x[: 2 * pairs : 2], m.x[1 : 2 * pairs : 2]
-    walks = pictures.interpolate(m.vae, a, b, _STEPS)
+    walks = m.vae.interpolate(a, b, _STEPS)
     rows = torch.cat([a.unsqueeze(1), walks, b.unsqueeze(1)], 1)
     alt = (
         f"{pairs} rows of {_STEPS + 2} images; each row leads from one test image to another "

@@ -94,7 +94,8 @@ def train(config: cfg.TrainConfig, out: str) -> None:
         for index in torch.randperm(len(data.train), generator=generator).split(config.batch_size):
             x = data.train.batch(index, generator).to(device)
             loss += svi.step(x)  # minus the objective, summed over the batch; one step of Adam
-        with torch.no_grad():
+        with torch.no_grad(), torch.random.fork_rng():
+            torch.manual_seed(config.seed)  # the same noise each time: epochs differ by weights
             valid = -elbo.loss(model, guide, x_valid) / len(x_valid)
         train_loss = loss / len(data.train)
         run.append_metrics({"epoch": epoch, "train_loss": train_loss, "valid_elbo": valid})

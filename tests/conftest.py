@@ -7,3 +7,6 @@ import matplotlib
 
 matplotlib.use("agg")
 sys.path.insert(0, str(Path(__file__).parent))
+
+# Their fixtures: a trained run and a folder with a copy of it; an empty folder.
+pytest_plugins = ["shell", "refusal"]

@@ -1,6 +1,6 @@
-// Runs the scripts of the explorer's page outside a browser: node explore_node.mjs SCRIPT... reads a
-// list of cases, and writes what each gives. A case has `layers`, `weights` and `z`, or `likelihood`
-// and `params`; with `draws`, it gives that many draws in place of the mean.
+// Runs the scripts of the explorer's page outside a browser: node explore_node.mjs SCRIPT... reads
+// a list of cases, and writes what each gives. A case has `layers`, `weights` and `z`, or
+// `likelihood` and `params`; with `draws`, it gives that many draws in place of the mean.
 
 import { readFileSync } from "node:fs";
 import { runInThisContext } from "node:vm";

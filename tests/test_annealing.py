@@ -200,10 +200,10 @@ def test_a_planted_fault_is_caught(fault, check, monkeypatch):
 def ladder():
     """A sandwich for each number of temperatures, and the truth."""
     vae = linear_gaussian(features=4, latent_dim=3, shift=0.3, widen=1.5)
-    drawn = simulate(vae.model, LIKE[:, :4], 60, seed=1)
+    drawn = simulate(vae.model, LIKE[:, :4], 40, seed=1)
     results = {
         num: bdmc(vae.model, vae.guide, drawn, num_temperatures=num, num_leapfrog=4)
-        for num in (5, 25, 250)
+        for num in (5, 25, 150)
     }
     return results, marginal(vae).log_prob(drawn.x)
 
@@ -226,7 +226,7 @@ def test_bounds_lie_on_their_sides_of_the_evidence(ladder):
 
 def test_both_bounds_meet_the_closed_form_as_temperatures_grow(ladder):
     results, truth = ladder
-    both = results[250]
+    both = results[150]
     assert ((both.lower.log_likelihood - truth).abs() < 5 * both.lower.error).all()
     assert (both.lower.error < 0.5).all()
     for side in both:
@@ -279,7 +279,15 @@ def test_a_nonlinear_model_against_quadrature(start):
         log_joint = sum(grid.terms(z.unsqueeze(1).expand(-1, 16, 2))[:2])
     truth = torch.logsumexp(log_joint, 0) + 2 * math.log(14 / 560)
     assert float(truth.exp().sum()) == pytest.approx(1, abs=1e-8)  # over all sixteen x
-    result = anneal(nonlinear, nonlinear_guide, x, start=start, num_chains=64, num_temperatures=60)
+    result = anneal(
+        nonlinear,
+        nonlinear_guide,
+        x,
+        start=start,
+        num_chains=64,
+        num_temperatures=60,
+        num_leapfrog=4,
+    )
     assert ((result.log_likelihood - truth).abs() < 5 * result.error).all()
     assert (result.error < 0.12).all()
 
@@ -340,22 +348,21 @@ def run(vae, x, **options):
         vae.model,
         vae.guide,
         x,
-        **{"num_temperatures": 8, "num_leapfrog": 2, "num_chains": 3, **options},
+        **{"num_temperatures": 8, "num_leapfrog": 1, "num_chains": 3, **options},
     )
 
 
-@pytest.mark.parametrize("step_sizes", annealing.STEP_SIZES)
-@pytest.mark.parametrize("start", annealing.STARTS)
+@pytest.mark.parametrize(("start", "step_sizes"), [("prior", "frozen"), ("guide", "adaptive")])
 def test_results_do_not_depend_on_the_batch(start, step_sizes):
     vae = linear_gaussian(shift=0.1)
-    x = simulate(vae.model, LIKE, 21).x
+    x = simulate(vae.model, LIKE, 9).x
     options = {"start": start, "step_sizes": step_sizes}
     whole = run(vae, x, **options)
-    parts = [run(vae, x[i : i + 8], first_image=i, **options) for i in range(0, 21, 8)]
+    parts = [run(vae, x[i : i + 4], first_image=i, **options) for i in range(0, 9, 4)]
     torch.testing.assert_close(
         torch.cat([part.log_weights for part in parts], 1), whole.log_weights, rtol=1e-9, atol=1e-9
     )
-    small = run(vae, x, memory=20_000, **options)
+    small = run(vae, x, memory=40_000, **options)
     for ours, theirs in zip(small, whole, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
 
@@ -485,7 +492,7 @@ def test_a_split_in_one_call(simulated):
 
 def test_one_chain_and_one_image_have_no_error():
     vae, data = tiny_vae()
-    one = anneal_split(vae, data.test, 1, Settings(num_temperatures=2, num_chains=1))
+    one = anneal_split(vae, data.test, 1, Settings(1, 2, 1))
     assert one.lower_per_image.error.isnan().all()
     assert one.to_dict()["log_likelihood_se"] is None
     assert one.to_dict()["monte_carlo_se"] is None

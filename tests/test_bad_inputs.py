@@ -1,10 +1,8 @@
 """What a person may type or supply wrongly: one line that helps, exit status 2, nothing written."""
 
 import dataclasses
-import json
 import os
 import shlex
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -13,67 +11,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
+from refusal import is_refusal, none, refuse, tree
+from shell import GREY
 
 from pyrovae import config as cfg
-from pyrovae.cli import main
+from pyrovae.parser import COMMANDS
 
-GREY = np.random.RandomState(0).randint(0, 256, (60, 4, 4)).astype(np.uint8)
-TINY = "--data x.npy --hidden 8 --latent-dim 2 --epochs 1 --final-particles 0"
 ROOT = Path(__file__).parents[1]
-
-Tree = dict[str, bytes | None]
-
-
-def tree(folder: Path) -> Tree:
-    """Every path below a folder, with the bytes of the files."""
-    return {
-        str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None
-        for p in folder.rglob("*")
-    }
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with x.npy, and the run of two epochs that was trained on it."""
-    folder = tmp_path_factory.mktemp("trained")
-    np.save(folder / "x.npy", GREY)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setattr(torch.cuda, "is_available", lambda: False)
-        assert main(shlex.split(f"train {TINY} --epochs 2 --out run --quiet")) == 0
-    return folder
-
-
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The working directory: empty, on a machine without CUDA and without downloaded data."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.delenv("PYROVAE_DATA", raising=False)
-    yield tmp_path
-
-
-def refuse(command: str, says: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Run a command; it must end as every mistake ends, and say ``says``."""
-    before = tree(here)
-    capsys.readouterr()
-    status = main(shlex.split(command))
-    printed = capsys.readouterr()
-    _check(status, printed.out, printed.err, says)
-    assert tree(here) == before
-
-
-def _check(status: int, out: str, err: str, says: str) -> None:
-    assert err.startswith("pyrovae: "), err
-    assert err.endswith("\n"), err
-    assert err.count("\n") == 1, err
-    assert "Traceback" not in err
-    assert says in err
-    assert out == ""
-    assert status == 2
-
 
 # ---------------------------------------------------------------------------------- words alone
 
@@ -180,21 +125,65 @@ WORDS: dict[str, tuple[str, str]] = {
     "half a sample": ("sample run --num-samples 1.5", "--num-samples expects a whole number"),
     "no images": ("reconstruct run --num-images 0", "--num-images must be at least 1"),
     "reconstruct nonsense": ("reconstruct run --split tset", "did you mean 'test'?"),
+    "tolerance of draws": ("evaluate run --tolerance 1e-3", "no use with --method importance"),
+    "K of quadrature": (
+        "evaluate run --method quadrature --num-particles 5",
+        "--num-particles has no use with --method quadrature",
+    ),
+    "proposal of quadrature": (
+        "evaluate run --method quadrature --proposal wide",
+        "--proposal has no use",
+    ),
+    "scale of the guide": ("evaluate run --proposal-scale 2", "leave --proposal-scale out"),
+    "draws of no export": ("evaluate run --max-draws 5", "no use without --export"),
+    "export of quadrature": (
+        "evaluate run --method quadrature --export e.nc",
+        "use --method importance",
+    ),
+    "export to CSV": ("evaluate run --export e.csv", "--export expects a file ending in .nc"),
+    "export nowhere": ("evaluate run --export none/e.nc", "check --export"),
+    "anneal on nothing": ("anneal nowhere", "train one: pyrovae train --out nowhere"),
+    "split of simulated images": ("anneal run --bdmc --split valid", "--bdmc simulates"),
+    "score nothing": ("score run", "PATH"),
+    "score on nothing": ("score nowhere x.npy", "pyrovae train --out nowhere"),
+    "scores to JSON": ("score run x.npy --out s.json", "ending in .csv"),
+    "scores nowhere": ("score run x.npy --out none/s.csv", "check --out"),
+    "compare nothing": ("compare", "RUN"),
+    "compare on nothing": ("compare nowhere", "pyrovae train --out nowhere"),
+    "compare twice": ("compare run run", "given twice"),
+    "two forms of a table": ("compare run --json --markdown", "give one of them"),
+    "interpolate on nothing": ("interpolate nowhere", "pyrovae train --out nowhere"),
+    "interpolation.jpg": ("interpolate run --out a.jpg", "ending in .png or .gif"),
+    "one step": ("interpolate run --steps 1", "--steps must be at least 2"),
+    "traverse on nothing": ("traverse nowhere", "pyrovae train --out nowhere"),
+    "latents and dims": ("traverse run --latents 2 --dims 1", "leave one out"),
+    "report on nothing": ("report nowhere", "pyrovae train --out nowhere"),
+    "report as PDF": ("report run --out r.pdf", "ending in .html"),
+    "report nowhere": ("report run --out none/r.html", "check --out"),
+    "explore on nothing": ("explore nowhere", "pyrovae train --out nowhere"),
+    "a page of 201 images": ("explore run --num-images 201", "--num-images must be at most 200"),
+    "explorer as text": ("explore run --out e.txt", "ending in .html"),
+    "export without a place": ("export run", "DIR"),
+    "share nothing": ("export nowhere shared", "pyrovae train --out nowhere"),
+    "unknown command of many": ("annael run", "did you mean 'anneal'?"),
+    "unknown flag of anneal": ("anneal run --chains 3", "did you mean '--num-chains'?"),
     "--limit 0": ("evaluate run --limit 0", "--limit must be at least 1"),
 }
 
 
 @pytest.mark.parametrize("what", WORDS)
-def test_words(what: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    np.save(here / "odd.npy", np.zeros((60, 8, 9), np.uint8))
-    np.save(here / "28.npy", np.zeros((60, 28, 28), np.uint8))
-    refuse(*WORDS[what], here, capsys)
+def test_words(what: str, empty: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.save(empty / "odd.npy", np.zeros((60, 8, 9), np.uint8))
+    np.save(empty / "28.npy", np.zeros((60, 28, 28), np.uint8))
+    refuse(*WORDS[what], empty, capsys)
 
 
 def _settings() -> Iterator[tuple[str, str]]:
     """A wrong value of every kind for every setting that can refuse one without more ado."""
-    for start, cls in (("train", cfg.TrainConfig), ("evaluate run", cfg.EvaluateConfig)):
-        for f in dataclasses.fields(cls):
+    for command, (_, cls, *_) in COMMANDS.items():
+        words = {"train": "", "score": "run x.npy"}.get(command, "run")
+        start = f"{command} {words}".strip()
+        for f in dataclasses.fields(cls) if cls is not None else ():
             flag = "--" + f.name.replace("_", "-")
             kind, limits = cfg.field_type(f)[0], f.metadata
             if limits["names"] is not None:
@@ -215,8 +204,8 @@ def _settings() -> Iterator[tuple[str, str]]:
 
 
 @pytest.mark.parametrize(("command", "says"), [*_settings()])
-def test_settings(command: str, says: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    refuse(command, says, here, capsys)
+def test_settings(command: str, says: str, empty: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    refuse(command, says, empty, capsys)
 
 
 # --------------------------------------------------------------------------------------- files
@@ -301,7 +290,7 @@ FILES: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "root a file": (_text("root", ""), "train --data mnist --data-root root", "--data-root"),
     "TOML that is none": (_text("c.toml", "epochs: 3"), "train --config c.toml", "is not TOML"),
     "TOML of bytes": (
-        lambda here: _none((here / "c.toml").write_bytes(b"\xff\xfe")),
+        lambda here: none((here / "c.toml").write_bytes(b"\xff\xfe")),
         "train --config c.toml",
         "is not TOML",
     ),
@@ -371,211 +360,23 @@ FILES: dict[str, tuple[Callable[[Path], None], str, str]] = {
 }
 
 
-def _none(_: object) -> None:
-    return None
-
-
 @pytest.mark.parametrize("what", FILES)
-def test_files(what: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_files(what: str, empty: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prepare, command, says = FILES[what]
-    prepare(here)
-    refuse(command, says, here, capsys)
+    prepare(empty)
+    refuse(command, says, empty, capsys)
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a virtual file system")
-def test_a_folder_that_only_seems_writable(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    refuse("train --out /proc/run", "cannot write to /proc", here, capsys)
+def test_a_folder_that_only_seems_writable(empty: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    refuse("train --out /proc/run", "cannot write to /proc", empty, capsys)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 @pytest.mark.parametrize("command", ["train --out locked/run", "sample run --out locked/a.png"])
-def test_a_locked_folder(command: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (here / "locked").mkdir(mode=0o500)
-    refuse(command, "cannot write to locked", here, capsys)
-
-
-# ---------------------------------------------------------------------------------------- runs
-
-
-class _Trap:
-    """Unpickling it writes a file."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return open, ("trapped", "w")
-
-
-def _checkpoint(content: Any, *names: str) -> Callable[[Path], None]:
-    def write(here: Path) -> None:
-        for name in names or ("last", "best"):
-            torch.save(content, here / "run" / "checkpoints" / f"{name}.pt")
-
-    return write
-
-
-def _changed_checkpoint(**changes: Any) -> Callable[[Path], None]:
-    def write(here: Path) -> None:
-        for path in (here / "run" / "checkpoints").iterdir():
-            torch.save(torch.load(path, weights_only=True) | changes, path)
-
-    return write
-
-
-def _truncated_checkpoint(here: Path) -> None:
-    for path in (here / "run" / "checkpoints").iterdir():
-        path.write_bytes(path.read_bytes()[:1000])
-
-
-def _json(name: str, **changes: Any) -> Callable[[Path], None]:
-    def write(here: Path) -> None:
-        path = here / "run" / name
-        content = {**json.loads(path.read_text()), **changes}
-        path.write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
-
-    return write
-
-
-def _other_images(here: Path) -> None:
-    np.save(here / "x.npy", GREY[::-1])
-
-
-def _remove(name: str) -> Callable[[Path], None]:
-    def remove(here: Path) -> None:
-        path = here / "run" / name
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
-
-    return remove
-
-
-def _as_it_is(here: Path) -> None:
-    return None
-
-
-RESUME = "train --out run --resume --epochs 3"
-OURS = {"kind": "pyrovae checkpoint", "format": 1}
-
-RUNS: dict[str, tuple[Callable[[Path], None], list[str], str]] = {
-    "run there already": (_as_it_is, [f"train {TINY} --out run"], "--overwrite"),
-    "fixed setting": (_as_it_is, [f"{RESUME} --lr 0.1"], "cannot change it to 0.1"),
-    "fixed name": (_as_it_is, [f"{RESUME} --likelihood gaussian"], "cannot change it"),
-    "fixed widths": (_as_it_is, [f"{RESUME} --hidden 8 8"], "cannot change it to (8, 8)"),
-    "fewer epochs": (_as_it_is, ["train --out run --resume --epochs 1"], "give 2 or more"),
-    "planned schedule": (
-        _json("config.json", schedule="cosine"),
-        [RESUME],
-        "--schedule-epochs",
-    ),
-    "no such split": (_as_it_is, ["evaluate run --split tset"], "did you mean 'test'?"),
-    "root of a file": (_as_it_is, ["evaluate run --data-root ."], "--data-root"),
-    "truncated checkpoint": (
-        _truncated_checkpoint,
-        [RESUME, "evaluate run", "sample run", "reconstruct run", "info run"],
-        "truncated",
-    ),
-    "truncated best checkpoint": (
-        lambda here: _none((here / "run/checkpoints/best.pt").write_bytes(b"")),
-        [RESUME, "evaluate run"],
-        "best.pt",
-    ),
-    "foreign checkpoint": (
-        _checkpoint({"weights": torch.ones(3)}),
-        [RESUME, "evaluate run", "sample run"],
-        "not written by pyrovae",
-    ),
-    "a tensor for a checkpoint": (
-        _checkpoint(torch.ones(3)),
-        [RESUME, "evaluate run"],
-        "not written by pyrovae",
-    ),
-    "checkpoint with code": (
-        _checkpoint({**OURS, "model": _Trap()}),
-        [RESUME, "evaluate run", "info run"],
-        "cannot read checkpoint",
-    ),
-    "newer checkpoint": (
-        _changed_checkpoint(format=2),
-        [RESUME, "evaluate run", "sample run"],
-        "upgrade pyrovae",
-    ),
-    "checkpoint without weights": (_checkpoint(OURS), ["evaluate run"], "does not fit"),
-    "checkpoint of another VAE": (
-        _json("config.json", hidden=[9]),
-        ["evaluate run", "sample run", "info run"],
-        "does not fit config.json",
-    ),
-    "no checkpoints": (_remove("checkpoints"), [RESUME, "evaluate run"], "no checkpoint"),
-    "config.json damaged": (
-        lambda here: _none((here / "run/config.json").write_text('{"data": "x.n')),
-        [RESUME, "evaluate run", "sample run", "reconstruct run", "info run"],
-        "run/config.json",
-    ),
-    "config.json a list": (
-        lambda here: _none((here / "run/config.json").write_text("[]")),
-        [RESUME, "evaluate run"],
-        "one JSON object",
-    ),
-    "config.json with an unknown key": (
-        _json("config.json", lattent_dim=3),
-        [RESUME, "evaluate run", "sample run", "info run"],
-        "run/config.json is damaged or edited: unknown setting 'lattent_dim'",
-    ),
-    "config.json with a wrong type": (
-        _json("config.json", epochs="two"),
-        [RESUME, "evaluate run"],
-        "run/config.json is damaged or edited: --epochs",
-    ),
-    "no data.json": (_remove("data.json"), [RESUME, "evaluate run"], "holds no data.json"),
-    "data.json without protocol": (
-        _json("data.json", protocol=None),
-        [RESUME, "evaluate run", "sample run", "info run"],
-        "run/data.json is damaged or edited: it lacks 'protocol'",
-    ),
-    "data.json with another protocol": (
-        _json("data.json", protocol={"data": "x.npy"}),
-        ["evaluate run", "sample run"],
-        "run/data.json is damaged",
-    ),
-    "metrics.jsonl cut short": (
-        lambda here: _none((here / "run/metrics.jsonl").write_text('{"epoch": 1')),
-        [RESUME, "info run"],
-        "run/metrics.jsonl",
-    ),
-    "evaluation.json of another kind": (
-        lambda here: _none((here / "run/evaluation.json").write_text("{}")),
-        ["info run"],
-        "run/evaluation.json",
-    ),
-    "data gone": (
-        lambda here: (here / "x.npy").unlink(),
-        [RESUME, "evaluate run", "reconstruct run"],
-        "expected a file at x.npy",
-    ),
-    "data changed": (
-        _other_images,
-        [RESUME, "evaluate run", "reconstruct run"],
-        "the data are not those run was trained on",
-    ),
-}
-
-
-@pytest.mark.parametrize(
-    ("what", "command"), [(what, command) for what, row in RUNS.items() for command in row[1]]
-)
-def test_runs(
-    what: str, command: str, trained: Path, here: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    damage, _, says = RUNS[what]
-    shutil.copytree(trained, here, dirs_exist_ok=True)
-    damage(here)
-    refuse(command, says, here, capsys)
-
-
-def test_the_trap_works(here: Path) -> None:
-    torch.save(_Trap(), here / "x.pt")
-    torch.load(here / "x.pt", weights_only=False).close()
-    assert (here / "trapped").exists()
+def test_a_locked_folder(command: str, empty: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (empty / "locked").mkdir(mode=0o500)
+    refuse(command, "cannot write to locked", empty, capsys)
 
 
 # --------------------------------------------------------------------------------- the real thing
@@ -594,9 +395,9 @@ def test_at_a_real_shell(what: str, tmp_path: Path) -> None:
         capture_output=True,
         text=True,
     )
-    _check(done.returncode, done.stdout, done.stderr, says)
+    is_refusal(done.returncode, done.stdout, done.stderr, says)
     assert tree(tmp_path) == {}
 
 
 def test_the_table_is_long_enough() -> None:
-    assert len(WORDS) + len(FILES) + len(RUNS) >= 120
+    assert len(WORDS) + len(FILES) >= 150

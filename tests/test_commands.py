@@ -1,4 +1,4 @@
-"""The commands on a trained run: bounds, scores, tables, pictures, pages, and what can be shared."""
+"""The commands on a trained run: bounds, scores, tables, pictures, pages, sharing."""
 
 import csv
 import json
@@ -20,8 +20,6 @@ from pyrovae.comparison import run_split
 from pyrovae.parser import COMMANDS
 from pyrovae.proposals import Proposal
 from pyrovae.runs import Run
-
-pytest_plugins = ["shell"]  # its fixtures
 
 FEW = "--num-particles 30 --quiet"
 CHAINS = "--num-images 2 --num-chains 2 --num-temperatures 3 --num-leapfrog 2 --quiet"
@@ -125,8 +123,10 @@ def test_score(here: Path) -> None:
         rows = list(csv.DictReader(file))
     assert len(rows) == 61
     assert float(rows[0]["log_likelihood"]) == report["rows"][0]["log_likelihood"]
-    # One image is one x, whichever file it comes in.
-    assert report["rows"][0]["log_likelihood"] == pytest.approx(report["rows"][1]["log_likelihood"])
+    # One image is one x, whichever file it comes in; only the draws of z differ.
+    one, same = report["rows"][:2]
+    error = 5 * (one["mc_error"] + same["mc_error"])
+    assert one["log_likelihood"] == pytest.approx(same["log_likelihood"], abs=error)
     text = ok(f"score run one.png {flags}")
     assert text.startswith("image ")
     assert "Nalisnick" in text
@@ -190,7 +190,7 @@ def test_pages(command: str, here: Path) -> None:
     default = f"run/{command.split()[0]}.html"
     assert ok(command) == f"{default}\n"
     page = Path(default).read_text()
-    assert page.startswith("<!doctype html>") or page.startswith("<!DOCTYPE html>")
+    assert page.lower().startswith("<!doctype html>")
     assert ok(f"{command} --out p.html") == "p.html\n"
     assert names(here) >= {"p.html"}
 
@@ -306,7 +306,7 @@ def test_activations_are_counted(here: Path) -> None:
 
 def test_repr_is_short(here: Path) -> None:
     text = repr(cfg.load("run"))
-    assert text.splitlines()[0] == "VAE of x (1, 4, 4), 2 latents, 348 parameters"
+    assert text.splitlines()[0] == "VAE of x (1, 4, 4), 2 latents, 340 parameters"
     assert "MeanField on MLPEncoder" in text
     assert "Linear(" not in text
     assert "Linear(" in torch.nn.Module.__repr__(cfg.load("run"))

@@ -314,12 +314,12 @@ def test_posterior_agrees_with_pyros_nuts():
             grads = torch.stack([hmc.gradient(t, u) for t in (log_prior, log_likelihood)])
         return hmc.Point(u.detach(), torch.stack([log_prior, log_likelihood]).detach(), grads)
 
-    points, _ = moves(evaluate, evaluate(u), 120, torch.tensor(0.25, dtype=F64), 8, (1.0, 1.0))
-    ours = torch.stack([p.u[:, 0] for p in points[40:]], 1)  # (chains, draws, 2)
+    points, _ = moves(evaluate, evaluate(u), 100, torch.tensor(0.25, dtype=F64), 8, (1.0, 1.0))
+    ours = torch.stack([p.u[:, 0] for p in points[30:]], 1)  # (chains, draws, 2)
 
     with pyro.get_param_store().scope():
         kernel = NUTS(banana, step_size=0.25, max_tree_depth=4, adapt_mass_matrix=False)
-        mcmc = MCMC(kernel, num_samples=300, warmup_steps=50, disable_progbar=True)
+        mcmc = MCMC(kernel, num_samples=200, warmup_steps=50, disable_progbar=True)
         mcmc.run(x)
     theirs = mcmc.get_samples()["z"].reshape(1, -1, 2)
 

@@ -1,5 +1,6 @@
 """Importance weights against models whose log p(x) is known."""
 
+import itertools
 import math
 
 import pyro
@@ -77,7 +78,7 @@ def test_bound_rises_with_the_number_of_particles(x):
     for k in (1, 3, 30, 300):
         per_group = log_mean_exp(w.view(-1, k, len(x)), 1).mean(1)
         bounds.append((per_group.mean(), per_group.std() / math.sqrt(len(per_group))))
-    for (low, low_se), (high, high_se) in zip(bounds, bounds[1:], strict=False):
+    for (low, low_se), (high, high_se) in itertools.pairwise(bounds):
         assert high - low > 3 * (low_se + high_se)
     assert bounds[-1][0] < marginal(vae).log_prob(x).mean() + 5 * bounds[-1][1]
 

@@ -205,7 +205,7 @@ def test_png_is_transparent_between_images(x, tmp_path):
 def test_interpolation_is_the_straight_line():
     vae = linear_gaussian()
     a, b = numbers(4, 6), numbers(4, 6, seed=1)
-    walk = pictures.interpolate(vae, a, b, steps=5)
+    walk = vae.interpolate(a, b, steps=5)
     assert walk.shape == (4, 5, 6)
     # An affine encoder and decoder: a straight line in z is one in x.
     start, end = (vae.decode(vae.encode(v)) for v in (a, b))
@@ -266,9 +266,9 @@ MISTAKES = {
     "no bound": (lambda v: plots.bound_against_k([]), "--num-particles"),
     "no k": (lambda v: plots.pareto_k(torch.full((3,), math.nan)), "25 or more"),
     "no picture": (lambda v: plots.samples(torch.zeros(3, 5)), "got (3, 5)"),
-    "one step": (lambda v: pictures.interpolate(v, *torch.zeros(2, 1, 1, 4, 4), 1), "--steps"),
+    "one step": (lambda v: plots.interpolation(v, *torch.zeros(2, 1, 1, 4, 4), 1), "--steps"),
     "pairs": (
-        lambda v: pictures.interpolate(v, torch.zeros(1, 1, 4, 4), torch.zeros(2, 1, 4, 4)),
+        lambda v: plots.interpolation(v, torch.zeros(1, 1, 4, 4), torch.zeros(2, 1, 4, 4)),
         "two images",
     ),
     "dimension": (lambda v: pictures.traverse(v, torch.zeros(1, 1, 4, 4), [2]), "from 0 to 1"),

@@ -99,9 +99,18 @@ def make_run(tmp_path_factory):
             folder = tmp_path_factory.mktemp("runs")
             np.savez(folder / "data.npz", **images(kind))
             run = Run(folder / name)
-            common = (
-                "train --quiet --hidden 8 --latent-dim 4 --epochs 2 --final-particles 0".split()
-            )
+            common = [
+                "train",
+                "--quiet",
+                "--hidden",
+                "8",
+                "--latent-dim",
+                "4",
+                "--epochs",
+                "2",
+                "--final-particles",
+                "0",
+            ]
             where = ["--data", str(folder / "data.npz"), "--out", str(run.path)]
             assert cli.main([*common, *where, *flags]) == 0
             path = write_report(run, num_particles=K)
@@ -348,7 +357,7 @@ def test_other_data_are_refused(make_run, tmp_path):
         whole = dict(stored)
     np.savez(path, **images("vector", seed=1))
     try:
-        with pytest.raises(InputError, match="not those the run was trained on"):
+        with pytest.raises(InputError, match="was trained on: they saw different images"):
             write_report(run, tmp_path / "a.html", num_particles=2)
     finally:
         np.savez(path, **whole)

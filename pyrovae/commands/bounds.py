@@ -12,7 +12,7 @@ from pyrovae.cli import settings
 from pyrovae.commands.output import check_writable, progress, say, show
 from pyrovae.comparison import checkpoint_digest, run_split
 from pyrovae.errors import InputError
-from pyrovae.runs import Run
+from pyrovae.runs import Run, load_checkpoint
 from pyrovae.settings import AnnealConfig
 from pyrovae.training import resolve_device
 
@@ -34,8 +34,10 @@ def anneal(args: argparse.Namespace) -> int:
     vae = cfg.load(run, device=str(device))
     split = run_split(run, config.split, seed=config.seed, data_root=config.data_root)
     state = _state(args.state, run, config, device.type)
-    if args.restart:
-        state.unlink(missing_ok=True)
+    if args.restart and state.exists():
+        if "annealing" not in load_checkpoint(state):
+            raise InputError(f"{state} is no checkpoint of annealing, so it was left alone")
+        state.unlink()
     if state.exists():
         say(f"saved     {state} is continued", args.quiet)
     try:

@@ -215,8 +215,8 @@ class _Score(Messenger):
         if _is_latent(msg):
             if msg["fn"].batch_shape[-1:] != self.shape[1:]:
                 raise InputError(
-                    f"latent site {msg['name']!r} must lie in a plate of the {self.shape[1]} images "
-                    f"at dim -1; its batch shape is {tuple(msg['fn'].batch_shape)}; open "
+                    f"latent site {msg['name']!r} must lie in a plate of the {self.shape[1]} "
+                    f"images at dim -1; its batch shape is {tuple(msg['fn'].batch_shape)}; open "
                     'pyro.plate("data", len(x), dim=-1) around it'
                 )
             msg["value"] = self.latent(msg)
@@ -334,7 +334,7 @@ def simulate(model: Program, like: Tensor, num_images: int, seed: int = 0) -> Si
                 raise InputError(
                     f"to simulate x, the model needs one observed site, of x_shape "
                     f"{tuple(like.shape[1:])}; its observed sites are {names}; simulate x and z "
-                    "yourself and give them to sandwich(x, latents)"
+                    "yourself and give bdmc a Simulated(x, latents)"
                 )
             images.append(x[0])
             latents.append({name: s["value"] for name, s in drawn.items() if name != names[0]})

@@ -98,7 +98,7 @@ def check_linear_gaussian(start="prior", num=12):
     assert both.lower.log_weights.std(0).mean() > 0.1
 
 
-@pytest.mark.parametrize(("start", "num"), [("prior", 30), ("guide", 4)])
+@pytest.mark.parametrize(("start", "num"), [("prior", 30), ("guide", 10)])
 def test_weights_are_unbiased_with_few_temperatures(start, num):
     check_linear_gaussian(start, num)
 
@@ -159,18 +159,13 @@ def short_schedule(patch):
     patch.setattr(annealing, "schedule", lambda num: 0.97 * schedule(num))
 
 
-def weights_after_the_move(patch):
-    """Adding a term at the point that the transition gave, not at the one it started from."""
-    patch.setattr(annealing, "schedule", lambda num: schedule(num).roll(-1).clamp(max=1))
-
-
 def moves_at_the_wrong_temperature(patch):
     real = annealing.Bridge.weights
     patch.setattr(annealing.Bridge, "weights", lambda self, b: real(self, b**2))
 
 
-def start_from_the_pilot(patch):
-    """Chains that start where the density is high instead of at draws of f_0."""
+def start_where_the_density_is_high(patch):
+    """Instead of at draws of f_0."""
     real = annealing.Bridge.draw
     patch.setattr(
         annealing.Bridge,
@@ -187,7 +182,7 @@ def start_from_the_pilot(patch):
         (wrong_sign, check_linear_gaussian),
         (short_schedule, check_linear_gaussian),
         (moves_at_the_wrong_temperature, check_linear_gaussian),
-        (start_from_the_pilot, check_linear_gaussian),
+        (start_where_the_density_is_high, check_linear_gaussian),
     ],
 )
 def test_a_planted_fault_is_caught(fault, check, monkeypatch):
@@ -199,11 +194,11 @@ def test_a_planted_fault_is_caught(fault, check, monkeypatch):
 @pytest.fixture(scope="module")
 def ladder():
     """A sandwich for each number of temperatures, and the truth."""
-    vae = linear_gaussian(features=4, latent_dim=3, shift=0.3, widen=1.5)
-    drawn = simulate(vae.model, LIKE[:, :4], 40, seed=1)
+    vae = linear_gaussian(features=4, latent_dim=2, shift=0.3, widen=1.5)
+    drawn = simulate(vae.model, LIKE[:, :4], 60, seed=1)
     results = {
         num: bdmc(vae.model, vae.guide, drawn, num_temperatures=num, num_leapfrog=4)
-        for num in (5, 25, 150)
+        for num in (5, 25, 120)
     }
     return results, marginal(vae).log_prob(drawn.x)
 
@@ -226,21 +221,23 @@ def test_bounds_lie_on_their_sides_of_the_evidence(ladder):
 
 def test_both_bounds_meet_the_closed_form_as_temperatures_grow(ladder):
     results, truth = ladder
-    both = results[150]
+    both = results[120]
     assert ((both.lower.log_likelihood - truth).abs() < 5 * both.lower.error).all()
     assert (both.lower.error < 0.5).all()
     for side in both:
         mean, error = mean_and_error(side.log_likelihood - truth)
         assert abs(mean) < 5 * error + 0.02
-        assert error < 0.05
+        assert error < 0.08
 
 
 def test_the_gap_shrinks_with_the_number_of_temperatures(ladder):
     results, _ = ladder
-    gaps = [mean_and_error(both.gap) for both in results.values()]
-    for (wide, wide_error), (narrow, narrow_error) in itertools.pairwise(gaps):
-        assert wide - narrow > 3 * (wide_error + narrow_error)
-    assert abs(gaps[-1][0]) < 0.05 + 5 * gaps[-1][1]
+    gaps = [both.gap for both in results.values()]
+    for wide, narrow in itertools.pairwise(gaps):
+        less, error = mean_and_error(wide - narrow)  # of the same images
+        assert less > 4 * error
+    last, error = mean_and_error(gaps[-1])
+    assert abs(last) < 0.05 + 5 * error
 
 
 @pytest.mark.parametrize("step_sizes", annealing.STEP_SIZES)
@@ -251,7 +248,9 @@ def test_acceptance_is_near_its_target(step_sizes):
         vae.model, vae.guide, drawn, num_temperatures=150, num_leapfrog=3, step_sizes=step_sizes
     )
     for side in both:
-        assert (side.accept_rate - hmc.TARGET_ACCEPT).abs().max() < 0.12
+        off = side.accept_rate - hmc.TARGET_ACCEPT
+        assert off.mean().abs() < 0.06
+        assert off.abs().max() < 0.15
 
 
 def nonlinear(x):

@@ -85,6 +85,28 @@ def test_two_modes_of_which_the_guide_knows_one():
         assert ours == pytest.approx(math.log(truth), abs=1e-8)
 
 
+def test_a_spike_between_the_points_that_the_guide_knows_of():
+    """P(x = 1 | z) is 0.001 and a spike of width 0.0002, far narrower than the first grid."""
+    height, place, width, floor = 0.9, 0.3, 2e-4, 1e-3
+
+    def model(x):
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            spike = height * torch.exp(-0.5 * ((z - place) / width) ** 2)
+            pyro.sample("x", dist.Bernoulli(floor + spike), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("z", dist.Normal(torch.full_like(x, place), width))
+
+    density = math.exp(-0.5 * place**2 / (1 + width**2)) / math.sqrt(1 + width**2)
+    truth = math.log(floor + height * width * density)
+    assert truth - math.log(floor) > 0.1
+    x = torch.ones(1, dtype=torch.float64)
+    result = quadrature.quadrature(model, guide, x, tolerance=1e-7)
+    assert float(result.log_likelihood) == pytest.approx(truth, abs=1e-6)
+
+
 def test_a_hierarchy_of_two_sites():
     model, guide = two_layers(shift=0.3)
     x = torch.tensor([-1.0, 0.5, 2.0], dtype=torch.float64)

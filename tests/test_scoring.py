@@ -15,7 +15,6 @@ from test_comparison import write_images, write_run
 from pyrovae import config as cfg
 from pyrovae import data as datasets
 from pyrovae import scoring
-from pyrovae.config import data_of
 from pyrovae.data import Split
 from pyrovae.errors import InputError
 from pyrovae.evaluation import evaluate
@@ -232,7 +231,7 @@ def given(tmp_path):
 def test_scores_are_evaluations(run, given):
     k = 60
     scores = score_paths(run, [given], num_particles=k, seed=2, num_reference=20)
-    x_shape, protocol = cfg.data_of(run)
+    x_shape, protocol = cfg.run_data(run)
     x = read([given], x_shape, protocol, seed=2).x
     split = Split("given", protocol, x, None, torch.arange(5))
     result = evaluate(cfg.load(run), split, k, seed=2).per_image
@@ -252,7 +251,7 @@ def test_the_reference_is_of_training_images(run):
     vae = cfg.load(run)
     reference = training_reference(run, vae, num_particles=20, size=30)
     content = json.loads(next((run.path / "scores").iterdir()).read_text())
-    train = data_of(run).train
+    train = cfg.data_of(run).train
     rows = set(content["rows"])
     assert len(rows) == 30
     assert rows <= set(train.rows.tolist())
@@ -333,7 +332,7 @@ def test_what_is_printed(run, given):
     assert text.endswith(CAVEAT)
     assert "nan" not in text + str(score_paths(run, [given], num_particles=1, num_reference=5))
     assert len(json.loads(json.dumps(scores.to_dict(), allow_nan=False))["rows"]) == 5
-    protocol = cfg.data_of(run)[1]
+    protocol = cfg.run_data(run)[1]
     tails = (0.8, 0.6, math.nan, 2, 0)
     heavy = [row._replace(pareto_k=k) for row, k in zip(scores.rows, tails, strict=True)]
     notes = scoring._notes(heavy, protocol, 5, 0)

@@ -279,22 +279,37 @@ def latents(
             mine = points[labels == label]
             marker = _MARKERS[i // len(LABELS) % len(_MARKERS)]
             ax.plot(*mine.T.tolist(), marker, color=LABELS[i % len(LABELS)], **style)
-        for i, label in enumerate(kinds if len(kinds) <= 20 else ()):
-            x, y = points[labels == label].median(0).values.tolist()
+        middles = [points[labels == label].median(0).values for label in kinds]
+        named = _apart(torch.stack(middles), points) if len(kinds) <= 20 else torch.empty(0, 2)
+        for i, (x, y) in enumerate(named.tolist()):
             box = {
                 "boxstyle": "round,pad=0.2",
                 "facecolor": PAPER,
                 "edgecolor": LABELS[i % len(LABELS)],
             }
-            ax.annotate(
-                f"{label}", (x, y), ha="center", va="center", fontsize=_SIZE, color=INK, bbox=box
-            )
+            words: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": _SIZE}
+            ax.annotate(f"{kinds[i]}", (x, y), color=INK, bbox=box, **words)
     if means.shape[1] > 2:
         ax.set_aspect("equal", "datalim")
     _dress(ax, xlabel, ylabel)
     if means.shape[1] == 1:
         ax.set_yticks([])
     return ax
+
+
+def _apart(places: Tensor, points: Tensor) -> Tensor:
+    """Places (L, 2) of labels, moved up and down until none hides another."""
+    places = places.clone()
+    wide, tall = (0.06 * (points.amax(0) - points.amin(0))).tolist()
+    for _ in range(50):
+        for i in range(len(places)):
+            for j in range(i):
+                dx, dy = (places[i] - places[j]).tolist()
+                if abs(dx) < wide and abs(dy) < tall:
+                    push = (tall - abs(dy)) / 2 * (1 if dy >= 0 else -1)
+                    places[i, 1] += push
+                    places[j, 1] -= push
+    return places
 
 
 def plane(means: Tensor) -> tuple[Tensor, str, str]:

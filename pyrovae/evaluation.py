@@ -42,6 +42,14 @@ class Bound(NamedTuple):
     se: float
 
 
+class Origin(NamedTuple):
+    """What an evaluation was made of; the draws can be made again from it."""
+
+    vae: importance.Programs
+    split: Split
+    proposal: Proposal
+
+
 class Evaluation(NamedTuple):
     """The marginal log-likelihood of a split and its diagnostics; ``print`` it for a summary.
 
@@ -95,10 +103,30 @@ class Evaluation(NamedTuple):
     device: str
     seconds: float
     per_image: PerImage
+    origin: Origin
+
+    def to_datatree(self, *, max_draws: int = 200) -> Any:
+        """The draws, weights, images and predictions as an ``xarray.DataTree`` (ArviZ 1.x).
+
+        See `pyrovae.export` for the groups. The draws are made again, so the VAE must still be
+        the one that was evaluated. Of more than ``max_draws`` per image, the first are kept.
+        """
+        from pyrovae import export
+
+        vae, split, proposal = self.origin
+        return export.to_datatree(vae, split, self, max_draws=max_draws, proposal=proposal)
+
+    def to_inference_data(self, *, max_draws: int = 200) -> Any:
+        """As `to_datatree`, for ArviZ 0.23: an ``arviz.InferenceData``."""
+        from pyrovae import export
+
+        vae, split, proposal = self.origin
+        return export.to_inference_data(vae, split, self, max_draws=max_draws, proposal=proposal)
 
     def to_dict(self) -> dict[str, Any]:
-        """The summary as plain JSON values (NaN as None), without the per-image tensors."""
-        summary = {name: value for name, value in self._asdict().items() if name != "per_image"}
+        """The summary as plain JSON values (NaN as None), without tensors and programs."""
+        left_out = ("per_image", "origin")
+        summary = {name: value for name, value in self._asdict().items() if name not in left_out}
         summary["curve"] = [[_plain(value) for value in point] for point in self.curve]
         summary["information"] = None if self.information is None else self.information.to_dict()
         return {name: _plain(value) for name, value in summary.items()}
@@ -233,7 +261,7 @@ def evaluate(
         images,
         split,
         parts=information(model, guide, first, seed=seed) if len(first) else None,
-        proposal=str(proposal),
+        origin=Origin(vae, split, proposal),
         kind=str(likelihood.kind),
         num_particles=num_particles,
         seed=seed,
@@ -287,7 +315,7 @@ def _summarise(
     split: Split,
     *,
     parts: Information | None,
-    proposal: str,
+    origin: Origin,
     kind: str,
     num_particles: int,
     seed: int,
@@ -308,7 +336,7 @@ def _summarise(
         num_images=n,
         num_particles=num_particles,
         seed=seed,
-        proposal=proposal,
+        proposal=str(origin.proposal),
         log_likelihood=log_likelihood,
         log_likelihood_se=_standard_error(images.log_likelihood),
         log_likelihood_mc_error=float(images.mc_error.norm() / n),
@@ -334,6 +362,7 @@ def _summarise(
         device=device,
         seconds=round(seconds, 3),
         per_image=images,
+        origin=origin,
     )
 
 

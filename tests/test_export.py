@@ -336,3 +336,22 @@ def test_arviz_draws_what_is_in_memory(small):
             to_inference_data(vae, split, evaluation)
         container = to_datatree(vae, split, evaluation, max_draws=20)
     draw(container)
+
+
+def test_an_evaluation_exports_itself():
+    vae, data = tiny_vae()
+    result = evaluate(vae, data.test, 30)
+    theirs = export.to_datatree(vae, data.test, result)
+    ours = result.to_datatree()
+    assert set(ours.groups) == set(theirs.groups)
+    np.testing.assert_array_equal(
+        ours["log_likelihood"]["x"].values, theirs["log_likelihood"]["x"].values
+    )
+    assert result.to_datatree(max_draws=7)["posterior"].sizes["draw"] == 7
+    if OLD_LINE:
+        assert isinstance(result.to_inference_data(), arviz().InferenceData)
+    with torch.no_grad():
+        for p in vae.parameters():
+            p.add_(1.0)
+    with pytest.raises(InputError, match="no longer those"):
+        result.to_datatree()

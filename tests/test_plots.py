@@ -187,6 +187,20 @@ def test_latents_are_drawn_by_label():
     assert len(plots.latents(means).lines) == 1
 
 
+def test_labels_do_not_hide_each_other():
+    means, labels = numbers(400, 2), torch.arange(400) % 8
+    ax = plots.latents(means, labels)
+    places = np.array([t.xy for t in ax.texts])
+    middles = torch.stack([means[labels == k].median(0).values for k in range(8)]).numpy()
+    assert np.array_equal(places[:, 0], middles[:, 0])
+    size = 0.06 * np.ptp(means.numpy(), axis=0)
+    distance = np.abs(places[:, None] - places[None])
+    hidden = (distance < size * (1 - 1e-6)).all(-1) & ~np.eye(8, dtype=bool)
+    assert not hidden.any()
+    before = np.abs(middles[:, None] - middles[None])
+    assert ((before < size).all(-1) & ~np.eye(8, dtype=bool)).any()
+
+
 def test_sheet_puts_every_image_in_its_place(x):
     page = plots.sheet(x, columns=4, gap=1)
     assert page.shape == (3, 11, 21)

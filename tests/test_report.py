@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import re
 from html import escape
 from html.parser import HTMLParser
@@ -15,7 +16,7 @@ from pyrovae import cli
 from pyrovae import config as cfg
 from pyrovae.errors import InputError
 from pyrovae.evaluation import evaluate
-from pyrovae.page import number, shrunk
+from pyrovae.page import number, paragraph, plural, shrunk
 from pyrovae.report import SECTIONS, train_flags, write_report
 from pyrovae.runs import Run
 
@@ -304,6 +305,16 @@ def test_its_command_gives_the_same_configuration(name):
         json.loads(json.dumps(dataclasses.asdict(c))) for c in (config, cfg.resolve(again))
     )
     assert mine == theirs
+
+
+def test_pieces_of_text():
+    assert paragraph("<b> & --num-particles 5, x--y") == (
+        "<p>&lt;b&gt; &amp; <code>--num-particles</code> 5, x--y</p>"
+    )
+    assert number(-1234.567, 1, 0.25) == "\N{MINUS SIGN}1,234.6\xa0±\xa00.2"
+    assert number(None) == number(math.nan) == "–"
+    assert number(2.0, 0, math.nan) == "2"
+    assert (plural(1, "draw"), plural(2000, "draw")) == ("1 draw", "2,000 draws")
 
 
 def test_large_images_are_averaged_down():

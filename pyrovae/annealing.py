@@ -30,7 +30,7 @@ from pyrovae import hmc, importance
 from pyrovae.data import Split
 from pyrovae.errors import InputError
 from pyrovae.hmc import Point, Simulated, simulate
-from pyrovae.importance import Program, Programs, _isolated_params
+from pyrovae.importance import Program, Programs
 from pyrovae.proposals import Noise
 from pyrovae.runs import load_checkpoint, save_checkpoint
 
@@ -283,18 +283,17 @@ def cost(
         passes: 1 for :func:`anneal`, 2 for :func:`bdmc`.
         memory: as in :func:`anneal`.
     """
-    with _isolated_params():
-        size = min(num_images, _batch_size(model, guide, x, settings, memory))
-        batch = x[torch.arange(size, device=x.device) % len(x)]
-        bridge = Bridge(model, guide, batch, settings.start)
-        point = bridge.draw(settings.num_chains, seed=0, first_image=0)
-        times = []
-        for _ in range(4):
-            began = time.perf_counter()
-            point = bridge.evaluate(point.u)
-            if x.is_cuda:
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - began)
+    size = min(num_images, _batch_size(model, guide, x, settings, memory))
+    batch = x[torch.arange(size, device=x.device) % len(x)]
+    bridge = Bridge(model, guide, batch, settings.start)
+    point = bridge.draw(settings.num_chains, seed=0, first_image=0)
+    times = []
+    for _ in range(4):
+        began = time.perf_counter()
+        point = bridge.evaluate(point.u)
+        if x.is_cuda:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
     gradients = settings.gradients(num_images, passes)
     # The first evaluation pays for what is set up once.
     each = min(times[1:]) / (size * settings.num_chains)
@@ -425,34 +424,33 @@ def _run(
 
     if not len(x):
         raise InputError("there are no images to anneal; give x at least one")
-    with _isolated_params():
-        saved = _Saved(checkpoint)
-        if checkpoint is not None:
-            saved.open(_identity(model, guide, x, latents, settings, first_image))
-        columns = saved.columns
-        start = next(iter(columns.values())).shape[-1] if columns else 0
-        if start:
-            tick(settings.gradients(start, 1 if latents is None else 2))
-        size = _batch_size(model, guide, x, settings, memory)
-        for begin in range(start, len(x), size):
-            here = slice(begin, begin + size)
-            bridge = Bridge(model, guide, x[here], settings.start)
-            begin_image = first_image + begin
-            point = bridge.draw(settings.num_chains, settings.seed, begin_image)
-            batch = _Batch(bridge, settings, begin_image, tick)
-            found = batch.walk(point, "forward")
-            if latents is not None:
-                exact = {
-                    name: z[:, here].expand(settings.num_chains, *z[:, here].shape[1:])
-                    for name, z in latents.items()
-                }
-                found |= batch.walk(bridge.at(exact), "reverse")
-            _check(found, begin_image)
-            columns = {
-                name: torch.cat([columns[name], part.cpu()], -1) if columns else part.cpu()
-                for name, part in found.items()
+    saved = _Saved(checkpoint)
+    if checkpoint is not None:
+        saved.open(_identity(model, guide, x, latents, settings, first_image))
+    columns = saved.columns
+    start = next(iter(columns.values())).shape[-1] if columns else 0
+    if start:
+        tick(settings.gradients(start, 1 if latents is None else 2))
+    size = _batch_size(model, guide, x, settings, memory)
+    for begin in range(start, len(x), size):
+        here = slice(begin, begin + size)
+        bridge = Bridge(model, guide, x[here], settings.start)
+        begin_image = first_image + begin
+        point = bridge.draw(settings.num_chains, settings.seed, begin_image)
+        batch = _Batch(bridge, settings, begin_image, tick)
+        found = batch.walk(point, "forward")
+        if latents is not None:
+            exact = {
+                name: z[:, here].expand(settings.num_chains, *z[:, here].shape[1:])
+                for name, z in latents.items()
             }
-            saved.write(columns)
+            found |= batch.walk(bridge.at(exact), "reverse")
+        _check(found, begin_image)
+        columns = {
+            name: torch.cat([columns[name], part.cpu()], -1) if columns else part.cpu()
+            for name, part in found.items()
+        }
+        saved.write(columns)
     return columns
 
 

@@ -298,17 +298,17 @@ def latents(
 
 
 def _apart(places: Tensor, points: Tensor) -> Tensor:
-    """Places (L, 2) of labels, moved up and down until none hides another."""
-    places = places.clone()
+    """Places (L, 2) of labels, from the lowest up each moved above those that it would hide."""
     wide, tall = (0.06 * (points.amax(0) - points.amin(0))).tolist()
-    for _ in range(50):
-        for i in range(len(places)):
-            for j in range(i):
-                dx, dy = (places[i] - places[j]).tolist()
-                if abs(dx) < wide and abs(dy) < tall:
-                    push = (tall - abs(dy)) / 2 * (1 if dy >= 0 else -1)
-                    places[i, 1] += push
-                    places[j, 1] -= push
+    places = places.clone()
+    done: list[tuple[float, float]] = []
+    for i in places[:, 1].argsort().tolist():
+        x, y = places[i].tolist()
+        for x_done, y_done in sorted(done, key=lambda place: place[1]):
+            if abs(x - x_done) < wide and abs(y - y_done) < tall:
+                y = y_done + tall
+        done.append((x, y))
+        places[i, 1] = y
     return places
 
 

@@ -131,7 +131,10 @@ class Densities:
         self.guide = guide
         self.x = x
         self._places: dict[str, tuple[slice, torch.Size]] = {}
-        self._guide_site = None if guide is None else _only_site(guide, x)
+        # Kept between evaluations: parameters are registered once, and never in the caller's store.
+        self._params = pyro.get_param_store().get_state()
+        with pyro.get_param_store().scope(self._params):
+            self._guide_site = None if guide is None else _only_site(guide, x)
 
     def pack(self, latents: Mapping[str, Tensor]) -> Tensor:
         """Site name -> (C, B, *event) to u (C, B, D)."""
@@ -196,7 +199,7 @@ class Densities:
     def _score(
         self, program: Program, latent: Callable[[dict[str, Any]], Tensor], shape: torch.Size
     ) -> "_Score":
-        with _Score(latent, shape) as score:
+        with pyro.get_param_store().scope(self._params), _Score(latent, shape) as score:
             _particles(program, shape[0])(self.x)
         return score
 
@@ -284,12 +287,12 @@ def draw_latents(
     on the batch it is in: this costs one run an image, beside thousands that follow.
     """
     rows = []
-    for position in range(len(x)):
-        image = x[position : position + 1]
-        trace = _seeded_trace(
-            _particles(program, num_chains), image, f"{seed}/start/{first_image + position}"
-        )
-        rows.append({n: s["value"].detach() for n, s in trace.nodes.items() if _is_latent(s)})
+    program = _particles(program, num_chains)
+    with _isolated_params():
+        for position in range(len(x)):
+            key = f"{seed}/start/{first_image + position}"
+            trace = _seeded_trace(program, x[position : position + 1], key)
+            rows.append({n: s["value"].detach() for n, s in trace.nodes.items() if _is_latent(s)})
     if not rows[0]:
         raise InputError(
             "the program has no latent site to anneal; sample one in the plate of images"

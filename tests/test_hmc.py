@@ -330,3 +330,12 @@ def test_posterior_agrees_with_pyros_nuts():
         assert (difference.abs() < 5 * torch.sqrt(errors[0] + errors[1])).all()
     # the posterior is far from the prior, so that agreement means something
     assert ours[..., 1].mean() > 0.3
+
+
+def test_nothing_is_left_in_the_parameter_store():
+    vae, data = tiny_vae()
+    x = data.test.tensor()
+    d, u = densities(vae.model, vae.guide, x, hmc.draw_latents(vae.guide, x, 2, seed=0))
+    d.terms(u)
+    hmc.simulate(vae.model, x, 2)
+    assert len(list(pyro.get_param_store().keys())) == 0

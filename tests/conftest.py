@@ -4,8 +4,10 @@ import sys
 from pathlib import Path
 
 import matplotlib
+import torch
 
 matplotlib.use("agg")
+torch.set_num_threads(1)
 sys.path.insert(0, str(Path(__file__).parent))
 
 # Their fixtures: a trained run and a folder with a copy of it; an empty folder.

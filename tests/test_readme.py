@@ -5,7 +5,9 @@ import shlex
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from pyrovae import cli
 from pyrovae import config as cfg
@@ -23,7 +25,6 @@ QUICK = {
     "report": "--num-particles 5 --quiet",
 }
 HEAD = ["`--likelihood`", "kind", "support", "source"]
-NOT_HERE = ("--download", "photographs/", "my-images.npy")  # commands that need what a test has not
 
 
 class Block(NamedTuple):
@@ -78,6 +79,25 @@ def test_every_command_is_shown() -> None:
     assert {argv[0] for argv in commands()} - {"--version"} == set(COMMANDS)
 
 
+def bring_images() -> None:
+    """Put what the page's reader has into this folder: photographs, an array, MNIST's files."""
+    rng = np.random.default_rng(0)
+    Path("photographs").mkdir()
+    for i in range(30):
+        Image.fromarray(rng.integers(0, 256, (70, 70, 3), np.uint8)).save(f"photographs/{i}.png")
+    np.save("my-images.npy", rng.integers(0, 17, (5, 8, 8)).astype(np.float32) / 16)
+    raw = Path("data/MNIST/raw")
+    raw.mkdir(parents=True)
+    # Of MNIST's own size, so that the split is the published one: a file that is here is not fetched.
+    for name, n in (("train", 60_000), ("t10k", 10_000)):
+        images = np.zeros((n, 28, 28), np.uint8)
+        images[:, 10:18, 10:18] = rng.integers(0, 256, (n, 8, 8), np.uint8)
+        head = np.array([0x803, n, 28, 28], ">i4").tobytes()
+        (raw / f"{name}-images-idx3-ubyte").write_bytes(head + images.tobytes())
+        labels = np.array([0x801, n], ">i4").tobytes() + bytes(n)
+        (raw / f"{name}-labels-idx1-ubyte").write_bytes(labels)
+
+
 def test_commands_run_in_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -85,8 +105,8 @@ def test_commands_run_in_order(
     for block in blocks("toml"):
         name = block.text.splitlines()[0].removeprefix("# ")
         Path(name).write_text(block.text, encoding="utf-8")
-    here = [argv for argv in commands() if not set(argv) & set(NOT_HERE)]
-    for argv in here:
+    bring_images()
+    for argv in commands():
         if argv == ["--version"]:
             with pytest.raises(SystemExit) as stopped:
                 cli.main(argv)
@@ -101,7 +121,7 @@ def test_commands_run_in_order(
     assert first[-2:] == ["--out", "runs/first"]
     for name in ("config.json", "samples.png", "reconstructions.png", "evaluation.json"):
         assert (tmp_path / "runs/first" / name).is_file()
-    for argv in here:
+    for argv in commands():
         if "--out" in argv:
             assert (tmp_path / argv[argv.index("--out") + 1]).exists(), argv
 

@@ -7,6 +7,7 @@ line: expected, got, remedy), 130 and 143 after Ctrl-C and SIGTERM, with the tra
 import argparse
 import dataclasses
 import errno
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -24,6 +25,9 @@ __all__ = ["main", "parse", "settings"]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
+    # Threads that wait by spinning cost a busy machine several times the wall time, and save an
+    # idle one next to nothing; OpenMP reads this when torch is loaded, so it is said before.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         args = parse(list(sys.argv[1:] if argv is None else argv))
         module = import_module(f"pyrovae.commands.{COMMANDS[args.command].module}")

@@ -3,6 +3,8 @@
 import json
 import math
 import re
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 
 import pyro.distributions as dist
 import pytest
@@ -333,3 +335,24 @@ def test_broken_normalisation_would_be_seen():
     vae.likelihood.elementwise = lambda params: TooLarge(params[0], vae.likelihood.sigma)
     off = evaluate(vae, split_of(x), 10).per_image.log_likelihood - marginal(vae).log_prob(x)
     torch.testing.assert_close(off, torch.full((5,), 0.06, dtype=torch.float64))
+
+
+def shard(first: int, stop: int) -> list[float]:
+    """log p(x) of some images of a fixed data set, as one process of several would estimate it."""
+    vae = linear_gaussian(shift=0.1, widen=1.2)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        x = marginal(vae).sample((50,))
+    part = evaluation.estimate(
+        vae.model, vae.guide, x[first:stop], 70, chunk=33, seed=0, first_image=first
+    )
+    return part.log_likelihood.tolist()
+
+
+def test_any_number_of_processes_gives_the_same_numbers(gaussian):
+    vae, x = gaussian
+    whole = evaluate(vae, split_of(x), 70).per_image.log_likelihood
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+        parts = list(pool.map(shard, (0, 21), (21, 50)))
+    ours = torch.tensor([*parts[0], *parts[1]], dtype=torch.float64)
+    torch.testing.assert_close(ours, whole, rtol=1e-12, atol=1e-12)

@@ -38,6 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(error, 1)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
+    except BrokenPipeError:  # whoever read the results, such as head, has gone: no fault of ours
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except OSError as error:
         name = f" {error.filename}" if error.filename else ""
         # A path that cannot be used is a mistake of the command; a full disk is not.

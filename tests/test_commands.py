@@ -310,3 +310,15 @@ def test_repr_is_short(here: Path) -> None:
     assert "MeanField on MLPEncoder" in text
     assert "Linear(" not in text
     assert "Linear(" in torch.nn.Module.__repr__(cfg.load("run"))
+
+
+def test_a_reader_that_leaves_is_no_error() -> None:
+    """``pyrovae info | head -0``: silence on stderr, and no traceback at exit."""
+    info = subprocess.Popen(
+        [sys.executable, "-m", "pyrovae", "info"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert info.stdout is not None
+    info.stdout.close()
+    _, err = info.communicate(timeout=60)
+    assert info.returncode == 1
+    assert err == b""

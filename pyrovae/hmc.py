@@ -20,11 +20,11 @@ from torch.distributions import Transform, biject_to, constraints
 from pyrovae.errors import InputError
 from pyrovae.importance import (
     Program,
-    _is_bookkeeping,
-    _is_latent,
-    _isolated_params,
-    _particles,
-    _site_log_prob,
+    is_bookkeeping,
+    is_latent,
+    isolated_params,
+    site_log_prob,
+    with_particles,
 )
 
 TARGET_ACCEPT = 0.65
@@ -190,7 +190,7 @@ class Densities:
             if self._guide_site is not None:
                 (name,) = latents
                 site = {**self._guide_site, "value": latents[name]}
-                log_q = _site_log_prob(site, (shape[0], shape[1])) + log_jacobian
+                log_q = site_log_prob(site, (shape[0], shape[1])) + log_jacobian
             elif self.guide is not None:
                 q = self._score(self.guide, lambda site: latents[site["name"]], shape)
                 log_q = q.log_latent + log_jacobian
@@ -200,7 +200,7 @@ class Densities:
         self, program: Program, latent: Callable[[dict[str, Any]], Tensor], shape: torch.Size
     ) -> "_Score":
         with pyro.get_param_store().scope(self._params), _Score(latent, shape) as score:
-            _particles(program, shape[0])(self.x)
+            with_particles(program, shape[0])(self.x)
         return score
 
 
@@ -215,7 +215,7 @@ class _Score(Messenger):
         self.log_observed: Tensor = torch.zeros(())
 
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
-        if _is_latent(msg):
+        if is_latent(msg):
             if msg["fn"].batch_shape[-1:] != self.shape[1:]:
                 raise InputError(
                     f"latent site {msg['name']!r} must lie in a plate of the {self.shape[1]} "
@@ -226,9 +226,9 @@ class _Score(Messenger):
             msg["done"] = True
 
     def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
-        if _is_bookkeeping(msg):
+        if is_bookkeeping(msg):
             return
-        log_prob = _site_log_prob(msg, (self.shape[0], self.shape[1]))
+        log_prob = site_log_prob(msg, (self.shape[0], self.shape[1]))
         if msg["is_observed"]:
             self.log_observed = self.log_observed + log_prob
         else:
@@ -252,7 +252,7 @@ def _only_site(guide: Program, x: Tensor) -> dict[str, Any] | None:
     # Made without validation: a trajectory that leaves for infinity is rejected, not an error.
     with torch.no_grad(), torch.random.fork_rng(devices=_cuda(x)), pyro.validation_enabled(False):
         trace = poutine.trace(guide).get_trace(x)
-    sites = [site for site in trace.nodes.values() if _is_latent(site)]
+    sites = [site for site in trace.nodes.values() if is_latent(site)]
     return sites[0] if len(sites) == 1 else None
 
 
@@ -287,12 +287,12 @@ def draw_latents(
     on the batch it is in: this costs one run an image, beside thousands that follow.
     """
     rows = []
-    program = _particles(program, num_chains)
-    with _isolated_params():
+    program = with_particles(program, num_chains)
+    with isolated_params():
         for position in range(len(x)):
             key = f"{seed}/start/{first_image + position}"
             trace = _seeded_trace(program, x[position : position + 1], key)
-            rows.append({n: s["value"].detach() for n, s in trace.nodes.items() if _is_latent(s)})
+            rows.append({n: s["value"].detach() for n, s in trace.nodes.items() if is_latent(s)})
     if not rows[0]:
         raise InputError(
             "the program has no latent site to anneal; sample one in the plate of images"
@@ -326,11 +326,11 @@ def simulate(model: Program, like: Tensor, num_images: int, seed: int = 0) -> Si
             f"expected at least 1 simulated image, got {num_images}; give --num-images"
         )
     images, latents = [], []
-    with torch.no_grad(), _isolated_params():
+    with torch.no_grad(), isolated_params():
         for position in range(num_images):
-            program = _particles(poutine.uncondition(model), 1)
+            program = with_particles(poutine.uncondition(model), 1)
             trace = _seeded_trace(program, like[:1], f"{seed}/simulate/{position}")
-            drawn = {name: site for name, site in trace.nodes.items() if _is_latent(site)}
+            drawn = {name: site for name, site in trace.nodes.items() if is_latent(site)}
             names = [name for name, site in drawn.items() if site["infer"].get("was_observed")]
             x = drawn[names[0]]["value"] if len(names) == 1 else like.new_zeros(())
             if x.shape[1:] != like[:1].shape:

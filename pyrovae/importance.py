@@ -116,8 +116,8 @@ def log_weights(model: Program, guide: Program, x: Tensor, num_particles: int) -
 def log_terms(model: Program, guide: Program, x: Tensor, num_particles: int) -> LogTerms:
     """The terms of :func:`log_weights`, drawn from torch's own random stream."""
     _check_particles(num_particles)
-    with _isolated_params():
-        trace = poutine.trace(_particles(guide, num_particles)).get_trace(x)
+    with isolated_params():
+        trace = poutine.trace(with_particles(guide, num_particles)).get_trace(x)
         return _score(model, trace, x, num_particles)
 
 
@@ -153,7 +153,7 @@ def chunks(
     """
     _check_particles(num_particles)
     images = range(first_image, first_image + len(x))
-    with torch.no_grad(), _isolated_params():
+    with torch.no_grad(), isolated_params():
         draw = _sampler(guide, x)
         for start in range(0, num_particles, chunk):
             particles = range(start, min(start + chunk, num_particles))
@@ -171,11 +171,11 @@ def _validated_once(start: int) -> AbstractContextManager[None]:
 
 def _sampler(guide: Program, x: Tensor) -> Callable[[Noise], poutine.Trace]:
     """A function from noise to a trace of the guide, with particles at dim -2."""
-    once = _trace_quietly(guide, x)
-    names = [n for n, site in once.nodes.items() if _is_latent(site)]
+    once = trace_quietly(guide, x)
+    names = [n for n, site in once.nodes.items() if is_latent(site)]
 
     def rerun(noise: Noise) -> poutine.Trace:
-        program = FromNoise(noise, x)(_particles(guide, len(noise.particles)))
+        program = FromNoise(noise, x)(with_particles(guide, len(noise.particles)))
         try:
             return poutine.trace(program).get_trace(x)
         except NoNormalBaseError as error:
@@ -202,7 +202,7 @@ def _sampler(guide: Program, x: Tensor) -> Callable[[Noise], poutine.Trace]:
     return reuse
 
 
-def _trace_quietly(guide: Program, x: Tensor) -> poutine.Trace:
+def trace_quietly(guide: Program, x: Tensor) -> poutine.Trace:
     """Run a guide for its distributions' sake, leaving the caller's random stream alone."""
     with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
         return poutine.trace(guide).get_trace(x)
@@ -210,8 +210,8 @@ def _trace_quietly(guide: Program, x: Tensor) -> poutine.Trace:
 
 def latent_mean(guide: Program, x: Tensor) -> Tensor | None:
     """E_q[z | x] of a guide with one latent site, (B, D); None where it has no closed form."""
-    with torch.no_grad(), _isolated_params():
-        sites = [s for s in _trace_quietly(guide, x).nodes.values() if _is_latent(s)]
+    with torch.no_grad(), isolated_params():
+        sites = [s for s in trace_quietly(guide, x).nodes.values() if is_latent(s)]
         if len(sites) != 1:
             return None
         try:
@@ -225,15 +225,15 @@ def _seeded_trace(guide: Program, noise: Noise, x: Tensor) -> poutine.Trace:
     # reproducible then; `plan` keeps to those.
     with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
         torch.manual_seed(noise.stream_seed())
-        return poutine.trace(_particles(guide, len(noise.particles))).get_trace(x)
+        return poutine.trace(with_particles(guide, len(noise.particles))).get_trace(x)
 
 
 def is_made_of_normals(guide: Program, x: Tensor) -> bool:
     """Whether every latent of the guide can be computed from standard-normal noise."""
     probe = Noise(0, range(len(x)), range(1))
     try:
-        with torch.no_grad(), _isolated_params():
-            poutine.trace(FromNoise(probe, x)(_particles(guide, 1))).get_trace(x)
+        with torch.no_grad(), isolated_params():
+            poutine.trace(FromNoise(probe, x)(with_particles(guide, 1))).get_trace(x)
     except NoNormalBaseError:
         return False
     return True
@@ -327,29 +327,30 @@ def _score(
     proposal: Proposal = GUIDE,
     total: int = 1,
 ) -> LogTerms:
-    replayed = poutine.replay(_particles(model, num_particles), trace=guide_trace)
+    replayed = poutine.replay(with_particles(model, num_particles), trace=guide_trace)
     model_trace = poutine.trace(replayed).get_trace(x)
     shape = (num_particles, len(x))
     likelihood = prior = x.new_zeros(())
     for site in model_trace.nodes.values():
-        if site["type"] != "sample" or _is_bookkeeping(site):
+        if site["type"] != "sample" or is_bookkeeping(site):
             continue
         if site["is_observed"]:
-            likelihood = likelihood + _site_log_prob(site, shape)
+            likelihood = likelihood + site_log_prob(site, shape)
         else:
-            prior = prior + _site_log_prob(site, shape)
-    sites = {name: site for name, site in guide_trace.nodes.items() if _is_latent(site)}
+            prior = prior + site_log_prob(site, shape)
+    sites = {name: site for name, site in guide_trace.nodes.items() if is_latent(site)}
 
     def log_prob(change: Callable[[Any], Any]) -> Tensor:
         changed = ({**site, "fn": change(site["fn"])} for site in sites.values())
-        return sum((_site_log_prob(site, shape) for site in changed), x.new_zeros(()))
+        return sum((site_log_prob(site, shape) for site in changed), x.new_zeros(()))
 
     posterior = proposal.log_density(log_prob, total)
     latents = {name: site["value"] for name, site in sites.items()}
     return LogTerms(likelihood.expand(shape), prior.expand(shape), posterior.expand(shape), latents)
 
 
-def _site_log_prob(site: dict[str, Any], shape: tuple[int, int]) -> Tensor:
+def site_log_prob(site: dict[str, Any], shape: tuple[int, int]) -> Tensor:
+    """The log-probability of one site for (K, B) = ``shape``, masked, and free of any scale."""
     log_prob = site["fn"].log_prob(site["value"])
     if site["mask"] is not None:
         log_prob = torch.where(torch.as_tensor(site["mask"]), log_prob, 0.0)
@@ -362,7 +363,9 @@ def _site_log_prob(site: dict[str, Any], shape: tuple[int, int]) -> Tensor:
     return log_prob
 
 
-def _particles(program: Program, num_particles: int) -> Program:
+def with_particles(program: Program, num_particles: int) -> Program:
+    """The program in a plate of particles at dim -2, outside the plate of images."""
+
     def run(x: Tensor) -> Any:
         with pyro.plate("particles", num_particles, dim=-2):
             return program(x)
@@ -370,16 +373,18 @@ def _particles(program: Program, num_particles: int) -> Program:
     return run
 
 
-def _is_bookkeeping(site: dict[str, Any]) -> bool:
+def is_bookkeeping(site: dict[str, Any]) -> bool:
+    """Whether a site is a plate's own, the indices of a subsample."""
     return bool(poutine.util.site_is_subsample(site))
 
 
-def _is_latent(site: dict[str, Any]) -> bool:
-    return site["type"] == "sample" and not site["is_observed"] and not _is_bookkeeping(site)
+def is_latent(site: dict[str, Any]) -> bool:
+    """Whether a site is sampled and not observed."""
+    return site["type"] == "sample" and not site["is_observed"] and not is_bookkeeping(site)
 
 
 @contextmanager
-def _isolated_params() -> Iterator[None]:
+def isolated_params() -> Iterator[None]:
     """See the caller's Pyro parameters, leave none behind."""
     store = pyro.get_param_store()
     with store.scope(store.get_state()):

@@ -143,7 +143,7 @@ def log_aggregate(guide: Program, x: Tensor, latents: dict[str, Tensor]) -> Tens
     step = max(1, _PAIRS // len(x))
     total = len(next(iter(latents.values())))
     rows = []
-    with torch.no_grad(), importance._isolated_params():
+    with torch.no_grad(), importance.isolated_params():
         for start in range(0, total, step):
             z = {name: v[start : start + step].unsqueeze(1) for name, v in latents.items()}
             program = poutine.condition(_at_rows(guide, min(step, total - start)), data=z)
@@ -177,9 +177,9 @@ def kl_per_dimension(model: Program, guide: Program, x: Tensor, *, seed: int = 0
         x: (N, *x_shape).
         seed: of the draws.
     """
-    with torch.no_grad(), importance._isolated_params():
-        trace = importance._trace_quietly(guide, x)
-        sites = {n: s for n, s in trace.nodes.items() if importance._is_latent(s)}
+    with torch.no_grad(), importance.isolated_params():
+        trace = importance.trace_quietly(guide, x)
+        sites = {n: s for n, s in trace.nodes.items() if importance.is_latent(s)}
         if len(sites) != 1:
             return DimensionKL(None, None, f"the guide has {len(sites)} latent sites, not one")
         ((name, site),) = sites.items()

@@ -89,7 +89,7 @@ def quadrature(
     """
     if not 0 < tolerance < math.inf:
         raise InputError(f"--tolerance expects a number above 0; got {tolerance}; try 1e-4")
-    with torch.no_grad(), importance._isolated_params():
+    with torch.no_grad(), importance.isolated_params():
         space = _space(model, x)
         rows = _rows(model, guide, x, memory)
         center, spread = _posterior(model, guide, x, space, rows)
@@ -153,9 +153,9 @@ class _Space(NamedTuple):
 def _space(model: Program, x: Tensor) -> _Space:
     with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
         torch.manual_seed(0)
-        program = importance._particles(model, _PRIOR_DRAWS)
+        program = importance.with_particles(model, _PRIOR_DRAWS)
         trace = poutine.trace(program).get_trace(x[:1])
-    latents = {n: site for n, site in trace.nodes.items() if importance._is_latent(site)}
+    latents = {n: site for n, site in trace.nodes.items() if importance.is_latent(site)}
     for name, site in latents.items():
         support = site["fn"].support
         while hasattr(support, "base_constraint"):  # of a vector, of a mixture
@@ -235,14 +235,14 @@ def _scorer(model: Program, x: Tensor, space: _Space, rows: int) -> Score:
 
     def log_joint(images: Tensor, t: Tensor) -> Tensor:
         values = space.unpack(space.z(t).to(x))
-        program = poutine.condition(importance._particles(model, len(t)), data=values)
+        program = poutine.condition(importance.with_particles(model, len(t)), data=values)
         with pyro.validation_enabled(False):
             sites = poutine.trace(program).get_trace(x[images.to(x.device)]).nodes.values()
             shape = (len(t), len(images))
             total = sum(
-                importance._site_log_prob(site, shape)
+                importance.site_log_prob(site, shape)
                 for site in sites
-                if site["type"] == "sample" and not importance._is_bookkeeping(site)
+                if site["type"] == "sample" and not importance.is_bookkeeping(site)
             )
         return torch.as_tensor(total).double().cpu() + space.log_jacobian(t)
 

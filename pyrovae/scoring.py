@@ -375,7 +375,7 @@ def _open(
     if _is_array(path):
         source = sources.file(path)
         return source.images, source.levels
-    picture = sources._open_image(path, image_size)
+    picture = sources.open_image(path, image_size)
     if len(x_shape) == 3 and x_shape[0] == 1:
         if (picture != picture[..., :1]).any():
             raise InputError(

@@ -118,7 +118,7 @@ def folder(path: Path, image_size: int | None = None) -> Source:
         )
     images: list[np.ndarray] = []
     for each in paths:
-        image = _open_image(each, image_size)
+        image = open_image(each, image_size)
         if images and image.shape != images[0].shape:
             (h, w), (h0, w0) = image.shape[:2], images[0].shape[:2]
             raise InputError(
@@ -143,7 +143,8 @@ def fit_square(image: Any, image_size: int, crop: int | None = None) -> Any:
     return square.resize((image_size, image_size), Image.Resampling.BICUBIC)
 
 
-def _open_image(path: Path, image_size: int | None) -> np.ndarray:
+def open_image(path: Path, image_size: int | None) -> np.ndarray:
+    """The levels of one picture file, squared to ``image_size`` if given; InputError naming it."""
     from PIL import Image, ImageOps
 
     try:

@@ -88,7 +88,7 @@ def bring_images() -> None:
     np.save("my-images.npy", rng.integers(0, 17, (5, 8, 8)).astype(np.float32) / 16)
     raw = Path("data/MNIST/raw")
     raw.mkdir(parents=True)
-    # Of MNIST's own size, so that the split is the published one: a file that is here is not fetched.
+    # Of MNIST's own size, for its published split; files that are here are not fetched.
     for name, n in (("train", 60_000), ("t10k", 10_000)):
         images = np.zeros((n, 28, 28), np.uint8)
         images[:, 10:18, 10:18] = rng.integers(0, 256, (n, 8, 8), np.uint8)

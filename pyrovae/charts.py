@@ -68,23 +68,14 @@ def elbo_curves(metrics: Source, ax: "Axes | None" = None) -> "Axes":
     ax.plot(epochs, objective, marker + "--", color=GREY, lw=1.2, label="training objective")
     ax.plot(epochs, elbo, marker + "-", color=BLUE, label="validation ELBO")
     best = max(metrics, key=lambda m: m["valid_elbo"])
-    ax.plot(best["epoch"], best["valid_elbo"], "o", color=BLUE, markersize=5)
+    told = f"best, {_number(best['valid_elbo'], ',.2f')}"  # in the legend, clear of the curves
+    ax.plot(best["epoch"], best["valid_elbo"], "o", color=BLUE, markersize=5, label=told)
     # The first epochs are far below the rest and would flatten what matters.
     low = sorted(elbo)[len(elbo) // 10]
     high = max([*elbo, *objective[len(objective) // 10 :]])
     if high > low:
         ax.set_ylim(low - 0.15 * (high - low), high + 0.1 * (high - low))
     ax.legend(frameon=False, fontsize=_SIZE, labelcolor=INK, loc="lower right")
-    ax.annotate(
-        f"best {_number(best['valid_elbo'], ',.2f')}",
-        (best["epoch"], best["valid_elbo"]),
-        textcoords="offset points",
-        xytext=(-2, -15),
-        ha="right",
-        fontsize=_SIZE,
-        color=BLUE,
-        bbox={"facecolor": PAPER, "edgecolor": "none", "pad": 0.5, "alpha": 0.8},
-    )
     return _dress(ax, "epoch", "nats per image")
 
 
@@ -336,6 +327,7 @@ def _metrics(source: Source) -> Metrics:
     if isinstance(source, (str, os.PathLike)):
         source = Run(source)
     metrics = source.read_metrics() if isinstance(source, Run) else source
+    metrics = [m for m in metrics if "valid_elbo" in m]
     if not metrics:
         raise InputError("there are no metrics to draw; train for at least one epoch")
     return metrics

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pyrovae.checks import did_you_mean, field_type, make, read_toml, unknown_name
 from pyrovae.errors import InputError
+from pyrovae.presets import PRESETS
 from pyrovae.settings import (
     LARGEST_SEED,
     NAMES,
@@ -54,6 +55,7 @@ __all__ = [
     "run_config",
     "run_data",
     "unknown_name",
+    "with_preset",
 ]
 
 # The weights of a directory that was written to be shared.
@@ -63,6 +65,12 @@ SHARED_WEIGHTS = "model.safetensors"
 # many pixels, since a mixture over large colour images is slow.
 _INITIAL_IMAGES = 1000
 _INITIAL_NUMBERS = 800_000
+
+
+def with_preset(given: Options) -> Options:
+    """The settings that were given, on top of those of the preset that they name, if any."""
+    name = given.get("preset")
+    return given if name is None else {**PRESETS[name].settings, **given}
 
 
 def resolve(config: TrainConfig) -> TrainConfig:
@@ -95,6 +103,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
             f"--binarize {config.binarize} makes x 0 or 1, where the density {config.likelihood} "
             "has no meaning; leave --binarize at auto, or use --likelihood bernoulli"
         )
+    _check_model(config)
     if config.objective == "mean-field":
         prior, posterior = priors.REGISTRY[config.prior], posteriors.REGISTRY[config.posterior]
         for flag, choice, name in (
@@ -106,17 +115,78 @@ def resolve(config: TrainConfig) -> TrainConfig:
                     f"--objective mean-field needs KL(q || p) in closed form, which {flag} {name} "
                     "has not; use --objective elbo"
                 )
-    if config.objective == "iwae":
+    if config.objective == "stl" and config.free_bits > 0:
+        raise InputError(
+            "--free-bits needs the whole gradient of the KL term, part of which stl leaves out; "
+            "leave --free-bits at 0 or use --objective elbo"
+        )
+    if config.objective in ("iwae", "dreg"):
         for name, default in (("beta", 1.0), ("kl_warmup", 0.0), ("free_bits", 0.0)):
             if getattr(config, name) != default:
                 flag = "--" + name.replace("_", "-")
                 raise InputError(
-                    f"{flag} changes the KL term, and the importance-weighted bound (iwae) has "
-                    f"none; leave {flag} at {default:g} or use --objective elbo"
+                    f"{flag} changes the KL term, and the importance-weighted bound "
+                    f"({config.objective}) has none; leave {flag} at {default:g} or use "
+                    "--objective elbo"
                 )
-    if config.schedule_epochs is not None and config.schedule == "constant":
-        raise InputError("--schedule-epochs has no use with --schedule constant; leave it out")
+    _check_optimizer(config)
     return config
+
+
+def _check_optimizer(config: TrainConfig) -> None:
+    """Refuse settings of the optimiser that clash, or that it has no use for."""
+    if config.schedule_epochs is not None and config.schedule != "cosine":
+        raise InputError(
+            f"--schedule-epochs has no use with --schedule {config.schedule}; leave it out"
+        )
+    planned = config.schedule_epochs or config.epochs
+    if config.schedule == "cosine" and config.warmup_epochs >= planned:
+        raise InputError(
+            f"--warmup-epochs {config.warmup_epochs:g} leaves nothing of the cosine schedule of "
+            f"{planned} epochs; give fewer, or more --epochs"
+        )
+    if len(config.adam_betas) != 2:
+        raise InputError(
+            f"--adam-betas expects two numbers such as 0.9 0.999; got {len(config.adam_betas)}"
+        )
+    if config.optimizer == "adamax" and config.adam_eps != TrainConfig.adam_eps:
+        raise InputError(
+            "--adam-eps is added to a root that --optimizer adamax does not take; leave it out, "
+            "or use adam"
+        )
+
+
+def _check_model(config: TrainConfig) -> None:
+    """Refuse settings that the model has no use for, or no meaning of."""
+    if config.model == "vae":
+        if config.model_args:
+            raise InputError(
+                "--model-args describes a hierarchy, and --model vae has none; leave it out, or "
+                "use --model hierarchical"
+            )
+        return
+    from pyrovae.layers import Layers
+
+    layers = _construct("--model", Layers, config.model_args, ())
+    if config.latent_dim != TrainConfig.latent_dim:
+        raise InputError(
+            "--latent-dim is that of a single layer; leave it out, and give a hierarchy's with "
+            "--model-args latents=100,50"
+        )
+    if layers.structure == "bottom-up":
+        for flag, clash, why in (
+            ("--prior vamp", config.prior == "vamp", "a density of its top layer given x"),
+            (
+                "--objective mean-field",
+                config.objective == "mean-field",
+                "each layer of q given the one that p has it from",
+            ),
+        ):
+            if clash:
+                raise InputError(
+                    f"{flag} needs {why}, which a bottom-up hierarchy has not; use --model-args "
+                    f"structure=top-down, or another {flag.split()[0]}"
+                )
 
 
 def resolve_evaluation(given: Options) -> EvaluateConfig:
@@ -175,17 +245,31 @@ def _build(
         likelihood = _construct(
             "--likelihood", likelihood_class, config.likelihood_args, (x_shape,), fixed
         )
-        posterior = _construct(
-            "--posterior",
-            posteriors.REGISTRY[config.posterior],
-            config.posterior_args,
-            (pair.encoder(x_shape, **shape), config.latent_dim),
-        )
         prior_class = priors.REGISTRY[config.prior]
-        first = (posterior, x_shape) if prior_class.needs_posterior else (config.latent_dim,)
-        prior = _construct("--prior", prior_class, config.prior_args, first)
-        decoder = pair.decoder(config.latent_dim, likelihood.params_shape, **shape)
-        vae = VAE(prior=prior, posterior=posterior, decoder=decoder, likelihood=likelihood)
+
+        def make_posterior(encoder: Any, latent_dim: int) -> Any:
+            cls = posteriors.REGISTRY[config.posterior]
+            return _construct("--posterior", cls, config.posterior_args, (encoder, latent_dim))
+
+        def make_prior(posterior: Any) -> Any:
+            of = (posterior, x_shape) if prior_class.needs_posterior else (posterior.latent_dim,)
+            return _construct("--prior", prior_class, config.prior_args, of)
+
+        if config.model == "hierarchical":
+            from pyrovae.layers import Layers, stack
+
+            layers = _construct("--model", Layers, config.model_args, ())
+            vae: VAE = stack(
+                layers, likelihood, make_prior, config.network, posterior=make_posterior, **shape
+            )
+        else:
+            posterior = make_posterior(pair.encoder(x_shape, **shape), config.latent_dim)
+            vae = VAE(
+                prior=make_prior(posterior),
+                posterior=posterior,
+                decoder=pair.decoder(config.latent_dim, likelihood.params_shape, **shape),
+                likelihood=likelihood,
+            )
         if data is not None:
             count = min(_INITIAL_IMAGES, max(64, _INITIAL_NUMBERS // math.prod(x_shape)))
             generator = torch.Generator().manual_seed(config.seed)

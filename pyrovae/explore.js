@@ -88,10 +88,10 @@ const explorer = (() => {
     const [min, max] = [data.latents.low[d], data.latents.high[d]];
     Object.assign(input, { type: "range", step: "any", min, max });
     label.title = `variance of its encodings: ${data.latents.variance[d].toFixed(3)}`;
-    label.append(`latent ${d + 1}`, input, output);
+    label.append(`z${d}`, input, output);
     input.addEventListener("input", () => {
       z[d] = Number(input.value);
-      moved(`latent ${d + 1} turned to ${z[d].toFixed(2)}`);
+      moved(`z${d} turned to ${z[d].toFixed(2)}`);
     });
     $("latents").append(label);
     sliders.push({ d, input, output, shown: NaN });

@@ -40,7 +40,8 @@ SCRIPTS = (
 _MOST_POINTS, _LEAST_POINTS, _MOST_NUMBERS = 1000, 200, 100_000
 _MOST_IMAGES = 200
 _PRIOR_DRAWS = 200
-_HEAVY = 10_000_000  # bytes
+# float32 in base64; half precision would not give the picture that torch gives.
+_BYTES_PER_WEIGHT = 4 * 4 / 3
 
 
 def write_explorer(
@@ -88,10 +89,9 @@ def write_explorer(
     )
     with atomic_path(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
-    size = path.stat().st_size
-    if size > _HEAVY:
-        weights = sum(p.numel() for p in vae.decoder.parameters())
-        say(f"size      {size / 1e6:.0f} MB, for the decoder has {weights:,} weights")
+    weights = len(decoder_spec(vae.decoder)[1])
+    share = weights * _BYTES_PER_WEIGHT / 1e6
+    say(f"size      {path.stat().st_size / 1e6:.1f} MB: {weights:,} weights take {share:.1f} of it")
     return path
 
 
@@ -241,6 +241,11 @@ def _asset(name: str) -> str:
 
 
 def _check_pictures(vae: VAE) -> None:
+    if type(vae) is not VAE:
+        raise InputError(
+            f"the explorer walks through a single layer of latents; this run has a "
+            f"{type(vae).__name__}. Use pyrovae traverse or pyrovae report"
+        )
     if not is_picture(vae.x_shape):
         raise InputError(
             f"the explorer draws x of shape (1 or 3, H, W); this run has {vae.x_shape}. Give the "

@@ -94,7 +94,7 @@ function latentMap({ $, data, z, points, encoding, moved }) {
       if (pair) axis.fill(0)[chosen[i]] = 1;
     });
     const share = (i) => `${Math.round(100 * data.plane.explained[i])}% of the variance`;
-    names = chosen.map((d, i) => (pair ? `latent ${d + 1}` : `axis ${i + 1}, ${share(i)}`));
+    names = chosen.map((d, i) => (pair ? `z${d}` : `axis ${i + 1}, ${share(i)}`));
     let furthest = 0;
     for (let p = 0; p < points.length / D; p++)
       for (const axis of axes)
@@ -171,7 +171,7 @@ function latentMap({ $, data, z, points, encoding, moved }) {
 
   const selects = [$("across"), $("up")];
   selects.forEach((select, i) => {
-    for (const d of data.latents.order) select.append(new Option(`latent ${d + 1}`, d));
+    for (const d of data.latents.order) select.append(new Option(`z${d}`, d));
     select.selectedIndex = Math.min(i, D - 1);
     select.addEventListener("change", () => {
       const other = selects[1 - i];

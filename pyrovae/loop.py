@@ -15,6 +15,7 @@ from pyro.infer import SVI
 from torch import Tensor, nn
 
 from pyrovae import importance
+from pyrovae.acceleration import CompiledSVI, fits, networks_in
 from pyrovae.data import Data
 from pyrovae.errors import InputError, NonFiniteLossError
 from pyrovae.importance import Program, Programs
@@ -22,6 +23,9 @@ from pyrovae.optimizers import WholeModelOptimizer
 from pyrovae.runs import Run, load_checkpoint, save_checkpoint
 
 Metrics = dict[str, Any]
+
+# Steps of a compiled engine between two looks at its health: nobody waits for a step meanwhile.
+_CHECKED_EVERY = 100
 
 
 @dataclass
@@ -42,6 +46,9 @@ class Loop:
 
     optimizer: WholeModelOptimizer
     ema: dict[str, Tensor] | None
+    decay: float = 0.0
+    precision: str = "fp32"
+    engine: SVI | CompiledSVI
 
     def __init__(self, vae: Programs, data: Data, device: torch.device, run: Run | None):
         self.vae = vae
@@ -68,44 +75,82 @@ class Loop:
         """The x of a batch, sampled anew, on the device: (n, *x_shape)."""
         return self.data.train.batch(index, self.generator).to(self.device)
 
-    def step(self, svi: SVI, x: Tensor) -> float:
-        """One SVI step; returns the loss summed over the batch."""
+    def example(self, size: int) -> Tensor:
+        """The first ``size`` images as a compiled engine takes them."""
+        index = torch.arange(size)
+        engine_draws = fits(self.data.train, self.device)
+        stream = torch.Generator()
+        return (index if engine_draws else self.data.train.batch(index, stream)).to(self.device)
+
+    def step(self, index: Tensor) -> None:
+        """Lower the loss of the images at ``index``, by one step of the engine."""
+        if isinstance(self.engine, CompiledSVI):
+            self._compiled_step(self.engine, index)
+        else:
+            self.state.loss_sum += self._svi_step(self.engine, self.draw(index))
+            if self.ema is not None:
+                average_weights(self.ema, self.vae, self.decay)
+        self.state.step += 1
+        self.state.step_in_epoch += 1
+
+    def _svi_step(self, svi: SVI, x: Tensor) -> float:
         stream = torch.get_rng_state()
         try:
-            loss = float(svi.step(x))
+            with networks_in(self.vae, self.precision):
+                loss = float(svi.step(x))
             self.optimizer.check_applied()
+            what = "" if math.isfinite(loss) else f"the loss is {loss}"
         except FloatingPointError as error:
-            raise self._non_finite(svi, x, stream, str(error)) from None
-        if not math.isfinite(loss):
-            raise self._non_finite(svi, x, stream, f"the loss is {loss}")
+            what = str(error)
+        if what:
+            torch.set_rng_state(stream)  # meet the same draws again
+            site = first_bad_site(svi.model, svi.guide, x)
+            raise self._non_finite(self.state.step + 1, what, site)
         return loss
 
-    def _non_finite(self, svi: SVI, x: Tensor, stream: Tensor, what: str) -> NonFiniteLossError:
-        torch.set_rng_state(stream)  # meet the same draws again
-        site = first_bad_site(svi.model, svi.guide, x)
+    def _compiled_step(self, engine: CompiledSVI, index: Tensor) -> None:
+        batch = index.to(self.device) if engine.split is not None else self.draw(index)
+        engine.step(batch)
+        if self.state.step % _CHECKED_EVERY == _CHECKED_EVERY - 1:
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait for what a compiled engine was asked to do, and see whether all went well."""
+        engine = self.engine
+        if not isinstance(engine, CompiledSVI):
+            return
+        try:
+            engine.check()
+        except FloatingPointError as error:
+            what = str(error)
+        else:
+            self.state.loss_sum = float(engine.total)
+            return
+        number, x, draws = engine.failed()
+        with draws:
+            site = first_bad_site(self.vae.model, self.vae.guide, x)
+        raise self._non_finite(number, what, site)
+
+    def _non_finite(self, step: int, what: str, site: str) -> NonFiniteLossError:
         good = "no checkpoint had been written"
         if self.run is not None and self.run.last.exists():
             good = f"the last good checkpoint is {self.run.last} (epoch {self.state.epoch})"
         return NonFiniteLossError(
-            f"training stopped at step {self.state.step + 1} (epoch {self.state.epoch + 1}): "
+            f"training stopped at step {step} (epoch {self.state.epoch + 1}): "
             f"{what}; {site}; {good}; try a smaller --lr, or --clip-norm"
         )
 
-    def end_epoch(self, seed: int) -> Metrics:
+    def end_epoch(self, seed: int, validate: bool = True) -> Metrics:
         """Validate, keep the weights if they are the best, save; returns the epoch's metrics."""
+        self.wait()
         state = self.state
         state.epoch += 1
         state.step_in_epoch = 0
         train_loss = state.loss_sum / len(self.data.train)
         state.loss_sum = 0.0
-        with self._kept_weights():
-            terms = self._validate(seed)
-            if terms["valid_elbo"] > state.best_elbo:
-                state.best_elbo = terms["valid_elbo"]
-                state.best_epoch = state.epoch
-                self.best = copy_weights(self.vae)
-                if self.run is not None:
-                    save_checkpoint(self.run.best, self._checkpoint())
+        if isinstance(self.engine, CompiledSVI):
+            self.engine.total.zero_()
+        terms = self._judge(seed) if validate else {}
         self.save_last()
         return {
             "epoch": state.epoch,
@@ -114,6 +159,18 @@ class Loop:
             "train_loss": train_loss,
             **terms,
         }
+
+    def _judge(self, seed: int) -> Metrics:
+        """Validate what is to be kept, and keep it if it is the best so far."""
+        with self._kept_weights():
+            terms = self._validate(seed)
+            if terms["valid_elbo"] > self.state.best_elbo:
+                self.state.best_elbo = terms["valid_elbo"]
+                self.state.best_epoch = self.state.epoch
+                self.best = copy_weights(self.vae)
+                if self.run is not None:
+                    save_checkpoint(self.run.best, self._checkpoint())
+        return terms
 
     def _validate(self, seed: int) -> Metrics:
         """ELBO, rate and distortion of the validation split with one particle and fixed noise."""
@@ -148,7 +205,9 @@ class Loop:
             put_weights(self.vae, raw)
 
     def _checkpoint(self) -> dict[str, Any]:
+        compiled = isinstance(self.engine, CompiledSVI)
         return {
+            "engine": self.engine.save() if compiled else None,  # first: it completes the optimiser
             "model": self.vae.state_dict(),
             "ema": self.ema,
             "optimizer": self.optimizer.state_dict(),
@@ -162,6 +221,7 @@ class Loop:
 
     def save_last(self) -> None:
         """Write the checkpoint that a run resumes from."""
+        self.wait()
         if self.run is not None:
             save_checkpoint(self.run.last, self._checkpoint())
 
@@ -182,7 +242,14 @@ class Loop:
         if (self.ema is None) != (saved["ema"] is None):
             raise InputError(f"{self.run.last} was trained with another --ema; resume with that")
         if self.ema is not None:
-            self.ema = {name: t.to(self.device) for name, t in saved["ema"].items()}
+            for name, t in saved["ema"].items():
+                self.ema[name].copy_(t)  # in place: an engine holds these tensors
+        engine = saved.get("engine")
+        if isinstance(self.engine, CompiledSVI) != (engine is not None):
+            raise InputError(f"{self.run.last} was trained with another --engine; resume with that")
+        if isinstance(self.engine, CompiledSVI) and engine is not None:
+            self.engine.restore(engine)
+            self.engine.total.fill_(self.state.loss_sum)
         if self.run.best.exists():
             best = load_checkpoint(self.run.best, self.device)
             self.best = best["model"]

@@ -1,4 +1,4 @@
-"""Training objectives: Pyro's own ELBO objects, and handlers that reshape the KL term.
+"""Training objectives: Pyro's own ELBO objects, two more, and handlers that reshape the KL term.
 
 A handler goes around the two programs while they are trained. The VAE never hears of it, so that
 no evaluation can be touched by a KL weight or by free bits.
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributions import Distribution, kl_divergence
 
 from pyrovae.errors import InputError
+from pyrovae.pathwise import DoublyReparameterized, StickingTheLanding
 
 Program = Callable[[Tensor], Any]
 
@@ -59,6 +60,42 @@ def iwae(num_particles: int = 5) -> RenyiELBO:
     return RenyiELBO(alpha=0, **_particles(num_particles))
 
 
+def stl(num_particles: int = 1) -> StickingTheLanding:
+    """The ELBO, with a gradient that reaches the guide through the draws alone.
+
+    What it leaves out, the score d log q(z | x) / d phi at a fixed z, has mean zero: the gradient
+    is unbiased, and exactly zero for the guide once q is the posterior.
+
+    Source: Roeder, Wu and Duvenaud, Sticking the Landing (2017), https://arxiv.org/abs/1703.09194
+
+    Args:
+        num_particles: draws of z per image; they lower the variance, not the bound's slack.
+
+    >>> type(stl()).__name__
+    'StickingTheLanding'
+    """
+    return StickingTheLanding(num_particles)
+
+
+def dreg(num_particles: int = 5) -> DoublyReparameterized:
+    """The importance-weighted bound of ``iwae``, with doubly reparameterised gradients.
+
+    For the guide, sum_k v_k^2 (d log w_k / d z_k) (d z_k / d phi) with v_k = w_k / sum_j w_j; for
+    the model, the gradient of ``iwae``. Unbiased; where the guide's signal drowns in the noise of
+    ``iwae`` as K grows, here it does not.
+
+    Source: Tucker et al., Doubly Reparameterized Gradient Estimators for Monte Carlo Objectives
+    (2019), https://arxiv.org/abs/1810.04152
+
+    Args:
+        num_particles: K; the bound rises to log p(x) with K, and K = 1 is the ELBO.
+
+    >>> type(dreg()).__name__
+    'DoublyReparameterized'
+    """
+    return DoublyReparameterized(num_particles)
+
+
 def _particles(num_particles: int) -> dict[str, Any]:
     if num_particles < 1:
         raise InputError(f"num_particles must be at least 1, got {num_particles}")
@@ -86,10 +123,13 @@ class KLWeight(Messenger):
 
     def __init__(self, value: float = 1.0):
         super().__init__()
-        self.value = torch.tensor(float(value))
+        self.number = float(value)
+        """The weight as Python knows it: nobody waits for a device to read it."""
+        self.value = torch.tensor(self.number)
 
     def set(self, value: float) -> None:
         """Change the weight in place."""
+        self.number = float(value)
         self.value.fill_(value)
 
     def to(self, device: torch.device) -> "KLWeight":
@@ -186,8 +226,8 @@ def with_handlers(
     """Put a KL weight and free bits around the programs; refuse what the objective cannot use.
 
     Raises:
-        InputError: for an importance-weighted objective, which has no KL term of its own, with
-            free bits.
+        InputError: for free bits with an objective that cannot pay them: an importance-weighted
+            one, which has no KL term of its own, or ``stl``.
     """
     if free_nats < 0:
         raise InputError(f"free bits must be at least 0 nats, got {free_nats}")
@@ -201,11 +241,18 @@ def with_handlers(
 
 
 def check_kl_term(objective: ELBO, flag: str) -> None:
-    """Refuse a setting of the KL term for an objective that has none."""
-    if isinstance(objective, RenyiELBO):
+    """Refuse a setting of the KL term for an objective that has no use for it."""
+    if isinstance(objective, RenyiELBO | DoublyReparameterized):
+        name = "iwae" if isinstance(objective, RenyiELBO) else "dreg"
         raise InputError(
-            f"{flag} changes the KL term, and the importance-weighted bound (iwae) has none; leave "
-            f"{flag} at its default or use --objective elbo"
+            f"{flag} changes the KL term, and the importance-weighted bound ({name}) has none; "
+            f"leave {flag} at its default or use --objective elbo"
+        )
+    if flag == "--free-bits" and isinstance(objective, StickingTheLanding):
+        # Below the floor the KL's gradient must vanish, which takes all of it, the score included.
+        raise InputError(
+            "--free-bits needs the whole gradient of the KL term, part of which stl leaves out; "
+            "leave --free-bits at its default or use --objective elbo"
         )
 
 
@@ -213,4 +260,6 @@ REGISTRY: dict[str, Callable[[int], ELBO]] = {
     "elbo": elbo,
     "mean-field": mean_field,
     "iwae": iwae,
+    "stl": stl,
+    "dreg": dreg,
 }

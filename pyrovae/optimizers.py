@@ -29,6 +29,9 @@ class WholeModelOptimizer(PyroOptim):
         name: "adam", "adamw" or "adamax".
         weight_decay: passed to the optimiser.
         clip_norm: largest norm of the gradient of the mean loss; None: no clipping.
+        lr: learning rate, until `begin` sets another.
+        betas: decay of the two running moments.
+        eps: added to the root of the second moment.
 
     Raises:
         InputError: for an unknown name.
@@ -41,17 +44,20 @@ class WholeModelOptimizer(PyroOptim):
         name: str = "adam",
         weight_decay: float = 0.0,
         clip_norm: float | None = None,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
     ):
         if name not in OPTIMIZERS:
             raise InputError(f"optimizer must be one of {', '.join(OPTIMIZERS)}; got {name!r}")
         self.named = {n: p for n, p in named_parameters if p.requires_grad}
         # SVI's base class reads and saves this mapping; it stays empty.
         self.optim_objs: dict[Any, Any] = {}
-        options: dict[str, Any] = {"weight_decay": weight_decay}
+        options: dict[str, Any] = {"weight_decay": weight_decay, "betas": betas, "eps": eps}
         if name != "adamax":
             options["fused"] = True
         self.optimizer: torch.optim.Optimizer = OPTIMIZERS[name](
-            list(self.named.values()), lr=1e-3, **options
+            list(self.named.values()), lr=lr, **options
         )
         self.clip_norm = clip_norm
         self.images = 1
@@ -97,8 +103,92 @@ class WholeModelOptimizer(PyroOptim):
         self.optimizer.load_state_dict(state)
 
 
-def learning_rate(schedule: str, lr: float, step: int, total_steps: int) -> float:
-    """The rate at ``step`` (from 0): constant, or lr (1 + cos(pi step / total)) / 2."""
-    if schedule == "constant":
-        return lr
-    return lr * 0.5 * (1 + math.cos(math.pi * min(step, total_steps) / total_steps))
+def slots(optimizer: torch.optim.Optimizer, p: Tensor) -> tuple[Tensor, Tensor]:
+    """The two running moments of a parameter, made and stored as the optimiser itself does."""
+    names = _SLOTS[type(optimizer)]
+    state = optimizer.state[p]
+    if not state:
+        state["step"] = torch.zeros((), dtype=torch.float32)
+        if optimizer.defaults.get("fused"):
+            state["step"] = state["step"].to(p.device)
+        state |= {name: torch.zeros_like(p, memory_format=torch.preserve_format) for name in names}
+    return state[names[0]], state[names[1]]
+
+
+def corrections(optimizer: torch.optim.Optimizer, step: int) -> tuple[float, float]:
+    """What step number ``step`` (from 1) divides the two moments by: 1 - b1^t, sqrt(1 - b2^t)."""
+    first, second = optimizer.defaults["betas"]
+    if isinstance(optimizer, torch.optim.Adamax):
+        return 1 - first**step, 1.0
+    return 1 - first**step, math.sqrt(1 - second**step)
+
+
+def moved(
+    optimizer: torch.optim.Optimizer,
+    p: Tensor,
+    grad: Tensor,
+    moments: tuple[Tensor, Tensor],
+    lr: Tensor,
+    corrections: tuple[Tensor, Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One update as a pure function: the parameter and its moments after the step.
+
+    The same arithmetic as the torch optimiser's, with the learning rate and the bias corrections
+    as tensors, so that a traced step need not be traced again when they change.
+    """
+    options = optimizer.defaults
+    (first, second), eps, decay = options["betas"], options["eps"], options["weight_decay"]
+    if decay and isinstance(optimizer, torch.optim.AdamW):
+        p = p * (1 - lr * decay)
+    elif decay:
+        grad = grad + decay * p
+    m = torch.lerp(moments[0], grad, 1 - first)
+    if isinstance(optimizer, torch.optim.Adamax):
+        v = torch.maximum(moments[1] * second, grad.abs() + eps)
+        return p - lr / corrections[0] * m / v, m, v
+    v = moments[1] * second + (1 - second) * grad * grad
+    return p - lr / corrections[0] * m / (v.sqrt() / corrections[1] + eps), m, v
+
+
+_SLOTS: dict[type[torch.optim.Optimizer], tuple[str, str]] = {
+    torch.optim.Adam: ("exp_avg", "exp_avg_sq"),
+    torch.optim.AdamW: ("exp_avg", "exp_avg_sq"),
+    torch.optim.Adamax: ("exp_avg", "exp_inf"),
+}
+
+
+def learning_rate(
+    schedule: str,
+    lr: float,
+    step: int,
+    total_steps: int,
+    *,
+    steps_per_epoch: int = 1,
+    warmup_steps: float = 0.0,
+) -> float:
+    """The rate at ``step`` (from 0), a pure function, so that a run can be taken up anywhere.
+
+    In the warm-up, ``lr (step + 1) / warmup_steps``. From there on, with t steps after it and T to
+    come in all: "constant" is ``lr``; "cosine" is ``lr (1 + cos(pi t / T)) / 2``; "iwae" is
+    ``lr round(10^(1 - i/7), 1) / 10`` in stage i = 0 to 7, of 3^i epochs, and stays there.
+
+    Source: the stages are those of Burda, Grosse and Salakhutdinov, Importance Weighted
+    Autoencoders (2016), https://arxiv.org/abs/1509.00519, who begin at 1e-3.
+    """
+    if step + 1 < warmup_steps:
+        return lr * (step + 1) / warmup_steps
+    after = max(step - warmup_steps, 0.0)
+    if schedule == "cosine":
+        return lr * 0.5 * (1 + math.cos(math.pi * min(after / (total_steps - warmup_steps), 1.0)))
+    if schedule == "iwae":
+        return lr * _stage_factor(after / steps_per_epoch)
+    return lr
+
+
+IWAE_STAGES = 8
+
+
+def _stage_factor(epoch: float) -> float:
+    """What the first rate is multiplied by: stage i starts when (3^i - 1) / 2 epochs are done."""
+    stage = sum(epoch >= (3**i - 1) / 2 for i in range(1, IWAE_STAGES))
+    return round(10 ** (1 - stage / (IWAE_STAGES - 1)), 1) / 10

@@ -11,7 +11,7 @@ from pyrovae.checks import did_you_mean, field_type
 from pyrovae.errors import InputError
 
 DESCRIPTION = "A laboratory for variational autoencoders in Pyro whose likelihoods can be trusted."
-INFO = ("likelihoods", "priors", "posteriors", "networks", "objectives", "data")
+INFO = ("likelihoods", "priors", "posteriors", "networks", "objectives", "data", "presets")
 
 _RUN = ("run", {"metavar": "RUN", "help": "run directory"})
 _JSON = ("--json", {"action": "store_true", "help": "print one JSON object"})

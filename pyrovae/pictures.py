@@ -75,7 +75,8 @@ def traverse(
     """Encode the first x, then move one latent dimension at a time through the prior.
 
     Dimension d takes values from ``m_d - span s_d`` to ``m_d + span s_d``, where m and s are mean
-    and standard deviation of p(z); all others stay at E_q[z | x[0]].
+    and standard deviation of p(z); all others stay at E_q[z | x[0]]. In a hierarchy, the layers
+    below the moved one follow it.
 
     Args:
         vae: the model.
@@ -101,6 +102,7 @@ def traverse(
     values = torch.stack([centre[d] + scale[d] * t for d in dims])
     for row, d in enumerate(dims):
         z[row, :, d] = values[row]
+        z[row] = vae.follow(z[row], d)
     return Traversal(vae.decode(z), list(dims), values)
 
 
@@ -127,14 +129,16 @@ def manifold(vae: "VAE", size: int = 15) -> Tensor:
 def prior_moments(vae: "VAE", num_samples: int = 4096) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of p(z), (D,) each; from seeded draws if there is no formula."""
     p = vae.prior()
-    try:
-        return p.mean, p.stddev
-    except NotImplementedError:
-        devices = [_device(vae)] if _device(vae).type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(0)
-            z = p.sample(torch.Size([num_samples]))
-        return z.mean(0), z.std(0)
+    if p.event_shape == (vae.latent_dim,):
+        try:
+            return p.mean, p.stddev
+        except NotImplementedError:
+            pass
+    devices = [_device(vae)] if _device(vae).type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(0)
+        z = vae.draw_latents(num_samples)
+    return z.mean(0), z.std(0)
 
 
 def png(x: Tensor, columns: int | None = None, gap: int | None = None) -> bytes:

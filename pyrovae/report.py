@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pyrovae import config as cfg
-from pyrovae import page
+from pyrovae import page, presets
 from pyrovae import report_numbers as numbers
 from pyrovae import report_pictures as views
 from pyrovae.errors import InputError
@@ -24,7 +24,8 @@ _ENCODED = 1000
 # Those whose rate is split, at the cost of the square of their number.
 _PAIRED = 500
 # What the page shows of every epoch.
-_METRICS = ("epoch", "seconds", "train_loss", "valid_elbo", "valid_rate", "valid_distortion")
+_METRICS = ("epoch", "seconds", "train_loss")
+_VALIDATED = ("valid_elbo", "valid_rate", "valid_distortion")  # all of them, or none
 
 
 def write_report(
@@ -103,7 +104,7 @@ def _records(run: Run) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     with cfg.naming(run.path / "metrics.jsonl"):
         metrics = run.read_metrics()
         for line in metrics:
-            for name in _METRICS:
+            for name in _METRICS + (_VALIDATED if set(line) & set(_VALIDATED) else ()):
                 float(line[name])
     environment = run.read_json("environment.json")
     with cfg.naming(run.path / "environment.json"):
@@ -161,25 +162,16 @@ def reproduce(m: Material) -> Section:
 
 def train_flags(config: cfg.TrainConfig) -> str:
     """The flags of ``pyrovae train`` that give this configuration; defaults are left out."""
-    flags = []
+    kept = {}
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
         default = f.default if f.default is not dataclasses.MISSING else {}
-        if value == default and f.name not in ("data", "likelihood", "epochs", "seed"):
+        # A preset's settings are among the others, and would bring back what was set to a default.
+        if f.name == "preset":
             continue
-        flags.append("--" + f.name.replace("_", "-"))
-        if isinstance(value, dict):
-            flags += [shlex.quote(f"{key}={_plain(v)}") for key, v in value.items()]
-        elif value is not True:
-            values = value if isinstance(value, tuple) else (value,)
-            flags += [shlex.quote(str(v)) for v in values]
-    return " ".join(flags)
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, (list, tuple)):
-        return ",".join(map(_plain, value))
-    return str(value).lower() if isinstance(value, bool) else str(value)
+        if value != default or f.name in ("data", "likelihood", "epochs", "seed"):
+            kept[f.name] = value
+    return shlex.join(presets.flags(kept))
 
 
 _WORDS = (
@@ -190,6 +182,11 @@ _WORDS = (
     ("q(z | x), the posterior", "The encoder network's guess of which z could have made x."),
     ("log p(x)", "The logarithm of the probability, or probability density, of x under the model, "
      "whatever z made it. A density may be above 1, and its logarithm above 0."),
+    ("E[x | z]", "The mean of x under p(x | z): the picture that z stands for, without the noise."),
+    ("mass, density", "A mass gives each level of a pixel a probability; a density belongs to "
+     "values on a continuum."),
+    ("KL(q ‖ p)", "Kullback-Leibler divergence, E log q − log p under q: how far q is from p, in "
+     "nats; 0 only if they are equal."),
     ("ELBO", "Evidence lower bound, −(rate + distortion): at most log p(x)."),
     ("rate", "KL(q(z | x) ‖ p(z)): how far the encoder moves z away from its prior."),
     ("distortion", "−E log p(x | z) under q: how badly z describes x."),
@@ -197,6 +194,11 @@ _WORDS = (
     ("K, particles", "Draws of z per x. With K = 1 the bound is the ELBO."),
     ("Pareto k", "Shape of the tail of the weights p(x, z) / q(z | x); above 0.7 their mean "
      "cannot be trusted."),
+    ("effective sample size", "How many equally weighted draws would do as well as the K that "
+     "were weighted."),
+    ("active unit", "A latent dimension whose mean under q(z | x) varies with x, by a variance of "
+     "0.01 or more."),
+    ("I(x; z)", "Mutual information: what z tells of which x it came from, in nats."),
     ("standard error", "How far a mean would move, typically, with another sample of test data."),
 )  # fmt: skip
 

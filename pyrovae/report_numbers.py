@@ -90,7 +90,7 @@ def intro(m: Material) -> Html:
 def training(m: Material) -> Section:
     """Data, protocol, model and optimiser."""
     c, kind = m.config, m.vae.likelihood.kind
-    best = max(m.metrics, key=lambda e: e["valid_elbo"], default=None)
+    best = max(_validated(m), key=lambda e: e["valid_elbo"], default=None)
     packages = m.environment["packages"]
     draws = plural(c.num_particles, "draw")
     rows: list[tuple[str, object]] = [
@@ -98,6 +98,7 @@ def training(m: Material) -> Section:
         ("One x", f"{' × '.join(map(str, m.vae.x_shape))} numbers, in [0, 1]"),
         ("Likelihood p(x | z)", f"{_named(c.likelihood, c.likelihood_args)}, a {kind}"),
         ("Prior p(z)", f"{_named(c.prior, c.prior_args)}, {plural(m.vae.latent_dim, 'dimension')}"),
+        *([("Layers of z", m.vae.layout)] if c.model == "hierarchical" else []),
         ("Posterior q(z | x)", _named(c.posterior, c.posterior_args)),
         ("Networks", f"{c.network}, {sum(p.numel() for p in m.vae.parameters()):,} parameters"),
         ("Objective", f"{c.objective}, {draws} of z per {m.noun}{_kl_term(c)}"),
@@ -125,6 +126,11 @@ def training(m: Material) -> Section:
     )
 
 
+def _validated(m: Material) -> list[dict[str, Any]]:
+    """The metrics of epochs that were validated."""
+    return [line for line in m.metrics if "valid_elbo" in line]
+
+
 def _named(name: str, options: dict[str, Any]) -> str:
     given = ", ".join(f"{key} = {value}" for key, value in options.items())
     return f"{name} ({given})" if given else name
@@ -150,24 +156,25 @@ def curves(m: Material) -> Section:
         f"costs in nats per {m.noun}: the rate, which z spends on telling {m.noun}s apart, and "
         f"the distortion, what is left to say about the {m.noun} when z is known."
     )
-    if not m.metrics:
+    metrics = _validated(m)
+    if not metrics:
         nothing = page.paragraph("The run holds no metrics, so there are no curves to show.")
         return page.section("curves", "Training", "Training curves", nothing)
-    last = m.metrics[-1]
+    last = metrics[-1]
     elbo = page.chart(
-        charts.elbo_curves(m.metrics),
+        charts.elbo_curves(metrics),
         "elbo",
         f"Line chart: validation ELBO and training objective by epoch; the validation ELBO ends "
         f"at {number(last['valid_elbo'])} nats.",
     )
     costs = page.chart(
-        charts.rate_curves(m.metrics),
+        charts.rate_curves(metrics),
         "costs",
         f"Line chart: rate and distortion by epoch; they end at {number(last['valid_rate'])} and "
         f"{number(last['valid_distortion'])} nats.",
     )
     names = ("epoch", "train_loss", "valid_elbo", "valid_rate", "valid_distortion")
-    shown = m.metrics[:: max(1, len(m.metrics) // 20)]
+    shown = metrics[:: max(1, len(metrics) // 20)]
     if shown[-1] is not last:
         shown = [*shown, last]
     numbers = page.table(
@@ -306,8 +313,9 @@ def _split(m: Material) -> str:
             "density for a z that it did not draw."
         )
     return (
-        f"Of the rate of {number(i.rate, 2, i.rate_se)} nats over {i.num_images:,} {m.noun}s, "
-        f"{number(i.mutual_information)}, I(x; z), tell which {m.noun} z came from (log "
+        f"Of the rate, here {number(i.rate, 2, i.rate_se)} nats by one draw of z for each of "
+        f"{i.num_images:,} {m.noun}s, {number(i.mutual_information)}, I(x; z), tell which "
+        f"{m.noun} z came from (log "
         f"{i.num_images:,} = {number(i.limit)} would tell all), and {number(i.aggregate_kl)}, "
         f"KL(q(z) ‖ p(z)), are paid because the z of all {m.noun}s together are not spread as the "
         f"prior is. {i.bias.replace('||', '‖')}."

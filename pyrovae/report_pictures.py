@@ -181,11 +181,12 @@ def traversals(m: Material) -> Section:
     title = "What single latent dimensions do"
     if not m.drawn:
         return page.section("traversals", "Traversal", title, _no_picture(m))
+    but = ", but for the layers below it, which follow" if m.config.model == "hierarchical" else ""
     walk = pictures.traverse(m.vae, m.x, m.order[:_STRIPS], _STEPS, _SPAN)
     lead = (
         "The first test image is encoded; then one latent number moves through its prior, from "
-        f"{_SPAN:g} standard deviations below its mean to as many above, while all others stay. "
-        "The most used dimensions come first."
+        f"{_SPAN:g} standard deviations below its mean to as many above, while all others "
+        f"stay{but}. The most used dimensions come first."
     )
     strips = [
         _strip(m, d, x, values) for d, x, values in zip(walk.dims, walk.x, walk.values, strict=True)

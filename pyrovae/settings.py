@@ -21,10 +21,11 @@ NAMES: dict[str, tuple[str, ...]] = {
         "discretized-logistic-mixture",
         "categorical",
     ),
+    "model": ("vae", "hierarchical"),
     "prior": ("standard-normal", "mixture", "vamp", "flow"),
     "posterior": ("mean-field", "full-rank", "flow"),
     "network": ("mlp", "gated-mlp", "conv28", "conv64", "residual"),
-    "objective": ("elbo", "mean-field", "iwae"),
+    "objective": ("elbo", "mean-field", "iwae", "stl", "dreg"),
     "activation": ("tanh", "relu", "leaky-relu", "elu", "gelu", "silu", "softplus"),
     "data": (
         "digits",
@@ -39,7 +40,8 @@ NAMES: dict[str, tuple[str, ...]] = {
         "binarized-mnist",
     ),
     "optimizer": ("adam", "adamw", "adamax"),
-    "schedule": ("constant", "cosine"),
+    "schedule": ("constant", "cosine", "iwae"),
+    "preset": ("iwae", "iwae-2layer", "modern", "exemplar"),
     "binarize": ("auto", "none", "dynamic", "static", "threshold"),
     "dequantize": ("auto", "none", "uniform"),
     "split": ("train", "valid", "test"),
@@ -48,6 +50,8 @@ NAMES: dict[str, tuple[str, ...]] = {
     "start": ("prior", "guide"),
     "step_sizes": ("frozen", "adaptive"),
     "log": ("tensorboard",),
+    "engine": ("auto", "svi", "compiled", "cuda-graph", "traced"),
+    "precision": ("fp32", "tf32", "bf16"),
 }
 
 Options = dict[str, Any]
@@ -103,6 +107,11 @@ def _split() -> Any:
 class TrainConfig:
     """Every setting of ``pyrovae train``; the defaults make the classic VAE."""
 
+    preset: str | None = _setting(
+        None,
+        "settings to start from, which other flags override; see: pyrovae info presets",
+        names="preset",
+    )
     data: str = _setting(
         "digits", "data set by name, a folder of images, a .npy or a .npz", group="data"
     )
@@ -138,6 +147,15 @@ class TrainConfig:
         None, "resize the images of a folder to this square", least=1, group="data"
     )
 
+    model: str = _setting(
+        "vae", "one layer of latents, or a hierarchy of them", names="model", group="model"
+    )
+    model_args: Options = _setting(  # noqa: RUF009
+        {},
+        "of the hierarchy, such as latents=100,50 structure=top-down upper_hidden=100,100",
+        metavar="KEY=VALUE",
+        group="model",
+    )
     likelihood: str = _setting(
         "bernoulli", "p(x | z); see: pyrovae info likelihoods", names="likelihood", group="model"
     )
@@ -175,9 +193,22 @@ class TrainConfig:
     batch_size: int = _setting(128, "images a step", least=1)
     optimizer: str = _setting("adam", "adam, adamw or adamax", names="optimizer")
     lr: float = _setting(1e-3, "learning rate", above=0)
-    schedule: str = _setting("constant", "of the learning rate", names="schedule")
+    adam_betas: tuple[float, ...] = _setting(
+        (0.9, 0.999), "decays of the optimiser's two running moments", least=0, below=1
+    )
+    adam_eps: float = _setting(
+        1e-8, "added to the root of the second moment; of adam and adamw", above=0
+    )
+    schedule: str = _setting(
+        "constant",
+        "of the learning rate; iwae: eight steps, from --lr to a tenth of it",
+        names="schedule",
+    )
     schedule_epochs: int | None = _setting(
-        None, "length of the schedule (default: --epochs)", least=1
+        None, "length of the cosine schedule (default: --epochs)", least=1
+    )
+    warmup_epochs: float = _setting(
+        0.0, "epochs over which the learning rate grows from 0, before the schedule", least=0
     )
     weight_decay: float = _setting(0.0, "of the optimiser", least=0)
     clip_norm: float | None = _setting(
@@ -191,6 +222,18 @@ class TrainConfig:
     )
     patience: int | None = _setting(
         None, "stop after so many epochs without a better validation ELBO", least=1
+    )
+    validate_every: int = _setting(
+        1, "epochs from one validation to the next; the last is always validated", least=1
+    )
+    engine: str = _setting(
+        "auto",
+        "svi: pyro.infer.SVI; compiled, cuda-graph: its step, traced once; auto: the fastest that "
+        "pays",
+        names="engine",
+    )
+    precision: str = _setting(
+        "fp32", "of the networks' matrix products in training", names="precision"
     )
     seed: int = _seed("of initial weights, data order and draws")
     device: str = _device()

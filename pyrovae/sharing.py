@@ -134,7 +134,7 @@ def model_card(
     parameters = sum(p.numel() for p in vae.parameters())
     rows = [
         ("x", f"shape {vae.x_shape}, floats in [0, 1]"),
-        ("p(z)", f"{config.prior}, {vae.latent_dim} dimensions"),
+        ("p(z)", f"{config.prior}, {vae.layout} dimensions"),
         ("q(z \\| x)", f"{config.posterior}"),
         ("p(x \\| z)", f"{config.likelihood}, a {vae.likelihood.kind}"),
         ("networks", f"{config.network}, {parameters:,} parameters"),

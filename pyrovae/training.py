@@ -5,25 +5,29 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from pyro.infer import ELBO, SVI
 
-from pyrovae import objectives
+from pyrovae import acceleration, objectives
+from pyrovae.acceleration import CompiledSVI
 from pyrovae.data import Data
 from pyrovae.errors import InputError
-from pyrovae.importance import Programs
-from pyrovae.loop import Loop, Metrics, State, average_weights, copy_weights, scoped_globals
+from pyrovae.importance import Program, Programs
+from pyrovae.loop import Loop, Metrics, State, copy_weights, mix, scoped_globals
 from pyrovae.optimizers import WholeModelOptimizer, learning_rate
-from pyrovae.runs import Run
+from pyrovae.runs import Run, load_checkpoint
+from pyrovae.tracing import NotTraceableError
 
 
 class History(NamedTuple):
     """What `fit` did."""
 
     metrics: list[Metrics]
-    """One dictionary an epoch: epoch, step, seconds, train_loss, valid_elbo, ..."""
+    """One dictionary an epoch: epoch, step, seconds, train_loss and, if the epoch was validated,
+    valid_elbo, valid_rate and valid_distortion."""
     best_epoch: int
     """Epoch of the best validation ELBO; the VAE holds its weights when `fit` returns."""
     best_elbo: float
@@ -41,15 +45,21 @@ def fit(
     batch_size: int = 128,
     optimizer: str = "adam",
     lr: float = 1e-3,
+    adam_betas: tuple[float, ...] = (0.9, 0.999),
+    adam_eps: float = 1e-8,
     schedule: str = "constant",
     schedule_epochs: int | None = None,
+    warmup_epochs: float = 0.0,
     weight_decay: float = 0.0,
     clip_norm: float | None = None,
     ema: float | None = None,
     patience: int | None = None,
+    validate_every: int = 1,
     beta: float = 1.0,
     kl_warmup: float = 0.0,
     free_bits: float = 0.0,
+    engine: str = "auto",
+    precision: str = "fp32",
     seed: int = 0,
     device: str | torch.device = "auto",
     run: Run | str | os.PathLike[str] | None = None,
@@ -57,13 +67,15 @@ def fit(
     callback: Callable[[Metrics], None] | None = None,
     progress: bool | None = None,
     should_stop: Callable[[], bool] | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> History:
     """Train ``vae.model`` and ``vae.guide`` with `pyro.infer.SVI`, choosing weights by validation.
 
     Each step draws a batch, lowers ``-objective`` per image, and moves every parameter with one
-    optimiser. After each epoch the ELBO of the validation split is estimated (one particle, fixed
-    noise); the best weights are in the VAE when `fit` returns. Neither torch's random stream, nor
-    Pyro's parameter store, nor any validation switch is left changed.
+    optimiser. After each epoch (or ``validate_every`` of them) the ELBO of the validation split is
+    estimated (one particle, fixed noise); the best weights are in the VAE when `fit` returns.
+    Neither torch's random stream, nor Pyro's parameter store, nor any validation switch is left
+    changed.
 
     Args:
         vae: a `pyrovae.VAE`, or any module with programs ``model(x)``, ``guide(x)``.
@@ -73,16 +85,25 @@ def fit(
         batch_size: images a step; the last batch of an epoch may be smaller.
         optimizer: "adam", "adamw" or "adamax".
         lr: learning rate.
-        schedule: "constant", or "cosine" to nought over ``schedule_epochs`` (default ``epochs``).
-        schedule_epochs: length of the schedule, in epochs.
+        adam_betas: decays of the optimiser's two running moments.
+        adam_eps: added to the root of the second moment; of "adam" and "adamw" alone.
+        schedule: "constant", "cosine" to nought over ``schedule_epochs`` (default ``epochs``), or
+            "iwae", in eight stages from ``lr`` to a tenth of it: see `optimizers.learning_rate`.
+        schedule_epochs: length of the cosine schedule, in epochs, the warm-up included.
+        warmup_epochs: epochs over which the rate grows linearly from 0, before the schedule.
         weight_decay: passed to the optimiser.
         clip_norm: largest norm of the gradient of the mean loss; None: no clipping.
         ema: decay of a moving average of the weights, such as 0.999, which then is what is
             validated and kept; None: the weights themselves.
         patience: stop after so many epochs without a better validation ELBO; None: never.
+        validate_every: epochs from one validation to the next; the last is always validated.
         beta: weight of the KL term.
         kl_warmup: epochs over which that weight grows linearly from 0.
         free_bits: nats per image that the KL of a latent site may have for nothing.
+        engine: "svi" is `pyro.infer.SVI`; "compiled" and "cuda-graph" take the same step, traced
+            and compiled (`acceleration.CompiledSVI`); "auto" is the fastest that this device has,
+            where the steps repay the compilation, and SVI for programs that cannot be traced.
+        precision: "fp32", "tf32" or "bf16", of the networks' matrix products in training.
         seed: of data order, binarisation and all draws.
         device: "auto" (CUDA if there is any), "cpu", "cuda", ...
         run: a run directory for metrics and checkpoints; None: nothing is written.
@@ -90,6 +111,7 @@ def fit(
         callback: called with the metrics of each epoch.
         progress: show a progress bar; None: when stderr is a terminal.
         should_stop: asked after each step; True saves and returns with stopped="interrupted".
+        say: told in one line which engine runs, and why.
 
     Raises:
         InputError: for settings or data that cannot be used.
@@ -107,42 +129,66 @@ def fit(
 
     vae.to(device)
     loop = Loop(vae, data, device, run)
-    loop.optimizer = WholeModelOptimizer(vae.named_parameters(), optimizer, weight_decay, clip_norm)
+    loop.optimizer = WholeModelOptimizer(
+        vae.named_parameters(),
+        optimizer,
+        weight_decay,
+        clip_norm,
+        betas=(adam_betas[0], adam_betas[1]),
+        eps=adam_eps,
+    )
     loop.ema = copy_weights(vae) if ema is not None else None
+    loop.decay = ema or 0.0
+    loop.precision = precision
     steps_per_epoch = -(-len(data.train) // batch_size)
-    total_steps = (schedule_epochs or epochs) * steps_per_epoch
+    rate = partial(
+        learning_rate,
+        schedule,
+        lr,
+        total_steps=(schedule_epochs or epochs) * steps_per_epoch,
+        steps_per_epoch=steps_per_epoch,
+        warmup_steps=warmup_epochs * steps_per_epoch,
+    )
     weight = objectives.KLWeight(beta).to(device)
     model, guide = objectives.with_handlers(
         vae.model, vae.guide, objective, weight=weight, free_nats=free_bits
     )
-    svi = SVI(model, guide, loop.optimizer, loss=objective)
+    if resume and run is not None and engine == "auto":
+        engine = acceleration.mode_of(load_checkpoint(run.last))
     metrics_log: list[Metrics] = []
     stopped = "epochs"
 
     with ExitStack() as scope:
         scope.enter_context(scoped_globals(device, seed))
+        loop.engine, engine_line = _engine(
+            engine,
+            epochs * steps_per_epoch,
+            loop,
+            (model, guide, objective),
+            weight=weight,
+            precision=precision,
+            seed=mix(seed, "engine"),
+            batch_size=batch_size,
+        )
+        if say is not None:
+            say(engine_line)
         if resume and run is not None:
             loop.restore(seed, batch_size)
+            check_continuable(loop.state.epoch, loop.state.best_epoch, epochs, validate_every)
             run.keep_metrics_through(loop.state.epoch)
             metrics_log = run.read_metrics()
         bar = scope.enter_context(_progress_bar(epochs, steps_per_epoch, loop.state, progress))
         state = loop.state
         while state.epoch < epochs:
-            if patience is not None and state.epoch - state.best_epoch >= patience:
+            waited = state.epoch - state.best_epoch if state.epoch % validate_every == 0 else 0
+            if patience is not None and waited >= patience:
                 stopped = "patience"
                 break
             started = time.perf_counter()
             for index in loop.batches(seed, batch_size):
-                x = loop.draw(index)
-                loop.optimizer.begin(
-                    learning_rate(schedule, lr, state.step, total_steps), images=len(x)
-                )
+                loop.optimizer.begin(rate(state.step), images=len(index))
                 weight.set(beta * _warmup(state.step, kl_warmup * steps_per_epoch))
-                state.loss_sum += loop.step(svi, x)
-                state.step += 1
-                state.step_in_epoch += 1
-                if loop.ema is not None and ema is not None:
-                    average_weights(loop.ema, vae, ema)
+                loop.step(index)
                 bar.update(1)
                 if should_stop is not None and should_stop():
                     stopped = "interrupted"
@@ -151,20 +197,69 @@ def fit(
             if stopped == "interrupted":
                 loop.save_last()
                 break
-            metrics = loop.end_epoch(seed)
-            metrics |= {
-                "lr": learning_rate(schedule, lr, state.step - 1, total_steps),
-                "kl_weight": float(weight.value),
-            }
+            last = state.epoch + 1 == epochs
+            metrics = loop.end_epoch(seed, last or (state.epoch + 1) % validate_every == 0)
+            metrics |= {"lr": rate(state.step - 1), "kl_weight": float(weight.value)}
             metrics_log.append(metrics)
             if run is not None:
                 run.append_metrics(metrics)
-            bar.set_postfix_str(f"valid ELBO {metrics['valid_elbo']:.2f}")
+            if "valid_elbo" in metrics:
+                bar.set_postfix_str(f"valid ELBO {metrics['valid_elbo']:.2f}")
             if callback is not None:
                 callback(metrics)
     if stopped != "interrupted":
         loop.load_best()
     return History(metrics_log, state.best_epoch, state.best_elbo, stopped)
+
+
+def _engine(
+    name: str,
+    steps: int,
+    loop: Loop,
+    programs: tuple[Program, Program, ELBO],
+    *,
+    weight: objectives.KLWeight,
+    precision: str,
+    seed: int,
+    batch_size: int,
+) -> tuple[SVI | CompiledSVI, str]:
+    """The engine of that name, and a line that says which it is, and why."""
+    model, guide, objective = programs
+    svi = SVI(model, guide, loop.optimizer, loss=objective)
+    chosen, why = acceleration.choose(name, loop.device, steps)
+    if chosen == "svi":
+        return svi, f"svi: {why}"
+    train = loop.data.train
+    compiled = CompiledSVI(
+        model,
+        guide,
+        loop.optimizer,
+        objective,
+        module=loop.vae,  # type: ignore[arg-type]
+        split=train if acceleration.fits(train, loop.device) else None,
+        weight=weight,
+        average=None if loop.ema is None else (loop.ema, loop.decay),
+        mode=chosen,
+        precision=precision,
+        seed=seed,
+    )
+    try:
+        compiled.prepare(loop.example(min(batch_size, len(train))))
+    except NotTraceableError as error:
+        if name != "auto":
+            raise
+        return svi, f"svi: {error}"
+    return compiled, f"{chosen}: {why}"
+
+
+def check_continuable(done: int, best_epoch: int, epochs: int, validate_every: int) -> None:
+    """Refuse more epochs where the best weights are of a last epoch, validated out of its turn."""
+    if best_epoch % validate_every and epochs > done:
+        raise InputError(
+            f"the best weights of this run are of epoch {best_epoch}, which was validated only "
+            f"because it was the last (validate_every is {validate_every}), so --epochs cannot "
+            f"grow; next time, let --epochs be a multiple of --validate-every"
+        )
 
 
 def check_data(likelihood: Any, data: Data) -> None:
@@ -200,9 +295,9 @@ def resolve_device(device: str | torch.device) -> torch.device:
     return resolved
 
 
-_AT_LEAST_ONE = ("epochs", "batch_size", "schedule_epochs", "patience")
-_POSITIVE = ("lr", "clip_norm")
-_NOT_NEGATIVE = ("weight_decay", "beta", "kl_warmup", "free_bits")
+_AT_LEAST_ONE = ("epochs", "batch_size", "schedule_epochs", "patience", "validate_every")
+_POSITIVE = ("lr", "clip_norm", "adam_eps")
+_NOT_NEGATIVE = ("weight_decay", "beta", "kl_warmup", "free_bits", "warmup_epochs")
 
 
 def _check_settings(given: dict[str, Any]) -> None:
@@ -217,8 +312,25 @@ def _check_settings(given: dict[str, Any]) -> None:
             raise InputError(f"{name} must be at least 0, got {given[name]}")
     if given["ema"] is not None and not 0 < given["ema"] < 1:
         raise InputError(f"ema must lie between 0 and 1, such as 0.999, got {given['ema']}")
-    if given["schedule"] not in ("constant", "cosine"):
-        raise InputError(f"schedule must be constant or cosine, got {given['schedule']!r}")
+    if given["schedule"] not in ("constant", "cosine", "iwae"):
+        raise InputError(f"schedule must be constant, cosine or iwae, got {given['schedule']!r}")
+    betas = given["adam_betas"]
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise InputError(
+            f"adam_betas must be two numbers, at least 0 and below 1, such as 0.9 0.999; got "
+            f"{' '.join(map(str, betas))}"
+        )
+    if given["optimizer"] == "adamax" and given["adam_eps"] != 1e-8:
+        raise InputError(
+            "adam_eps is added to a root that optimizer adamax does not take; leave it out, or "
+            "use adam"
+        )
+    planned = given["schedule_epochs"] or given["epochs"]
+    if given["schedule"] == "cosine" and given["warmup_epochs"] >= planned:
+        raise InputError(
+            f"warmup_epochs must leave room for the cosine schedule of {planned} epochs; got "
+            f"{given['warmup_epochs']:g}"
+        )
     for name, default in (("beta", 1), ("kl_warmup", 0)):
         if given[name] != default:
             objectives.check_kl_term(given["objective"], "--" + name.replace("_", "-"))

@@ -72,14 +72,15 @@ class VAE(nn.Module):
         parts = [("prior", self.prior), ("posterior", self.posterior)]
         parts += [("decoder", self.decoder), ("likelihood", self.likelihood)]
         lines = [
-            f"VAE of x {self.x_shape}, {self.latent_dim} latents, {_parameters(self):,} parameters"
+            f"VAE of x {self.x_shape}, {self.latent_dim} latents, "
+            f"{count_parameters(self):,} parameters"
         ]
         for name, part in parts:
             text = type(part).__name__
             inner = getattr(part, "encoder", None)
             if isinstance(inner, nn.Module):
                 text += f" on {type(inner).__name__}"
-            count = _parameters(part)
+            count = count_parameters(part)
             lines.append(f"  {name:<11} {text}" + (f", {count:,} parameters" if count else ""))
         return "\n".join(lines)
 
@@ -92,6 +93,11 @@ class VAE(nn.Module):
     def latent_dim(self) -> int:
         """Number of latent dimensions D."""
         return self.prior.latent_dim
+
+    @property
+    def layout(self) -> str:
+        """The latent dimensions in words: "50", or those of every layer."""
+        return str(self.latent_dim)
 
     def model(self, x: Tensor) -> None:
         """The generative program: z ~ p(z), x ~ p(x | z) for x of shape (B, *x_shape)."""
@@ -129,11 +135,11 @@ class VAE(nn.Module):
             (best.grad,) = torch.autograd.grad(loss, best)
             optimizer.step()
         with torch.no_grad():
-            z = self.prior().sample(x.shape[:1])
-            before = self.likelihood(self.decoder(z)).log_prob(x).mean()
+            z = self.draw_latents(len(x))
+            before = self.likelihood(self.params(z)).log_prob(x).mean()
             start_at(best)
             # A narrow likelihood can suffer more from the decoder's first noise than it gains.
-            if self.likelihood(self.decoder(z)).log_prob(x).mean() < before:
+            if self.likelihood(self.params(z)).log_prob(x).mean() < before:
                 start_at(torch.zeros_like(best))
 
     @torch.no_grad()
@@ -147,15 +153,30 @@ class VAE(nn.Module):
         >>> vae.generate(3, seed=0).shape
         torch.Size([3, 1, 8, 8])
         """
-        with _seeded(seed, self):
-            z = self.prior().sample(torch.Size([num_samples]))
-            return self.decode(z, mean=mean)
+        with seeded(seed, self):
+            return self.decode(self.draw_latents(num_samples), mean=mean)
+
+    @torch.no_grad()
+    def draw_latents(self, num_samples: int) -> Tensor:
+        """Draw z ~ p(z), from torch's own stream: (num_samples, D)."""
+        return self.prior().sample(torch.Size([num_samples]))
+
+    def params(self, z: Tensor) -> Tensor:
+        """What the decoder tells the likelihood: z (*B, D) to (*B, *likelihood.params_shape)."""
+        return self.decoder(z)
+
+    def follow(self, z: Tensor, dim: int) -> Tensor:
+        """Every latent that depends on dimension ``dim`` of z (*B, D) after that was moved: none.
+
+        Where z has layers, those below the moved one follow it.
+        """
+        return z
 
     @torch.no_grad()
     def decode(self, z: Tensor, *, mean: bool = True, seed: int | None = None) -> Tensor:
         """E[x | z], or a draw x ~ p(x | z) with ``mean=False``, for z (*B, D): (*B, *x_shape)."""
-        with _seeded(seed, self):
-            p = self.likelihood(self.decoder(z))
+        with seeded(seed, self):
+            p = self.likelihood(self.params(z))
             return p.mean if mean else p.sample()
 
     @torch.no_grad()
@@ -175,7 +196,7 @@ class VAE(nn.Module):
         try:
             return q.mean
         except NotImplementedError:
-            with _seeded(seed, self):
+            with seeded(seed, self):
                 return q.sample(torch.Size([num_samples])).mean(0)
 
     @torch.no_grad()
@@ -189,8 +210,13 @@ class VAE(nn.Module):
         >>> vae.reconstruct(torch.zeros(5, 1, 8, 8), seed=0).shape
         torch.Size([5, 1, 8, 8])
         """
-        with _seeded(seed, self):
-            return self.decode(self.posterior(x).sample(), mean=mean)
+        with seeded(seed, self):
+            return self.decode(self.infer(x), mean=mean)
+
+    @torch.no_grad()
+    def infer(self, x: Tensor) -> Tensor:
+        """Draw z ~ q(z | x) for x (*B, *x_shape), from torch's own stream: (*B, D)."""
+        return self.posterior(x).sample()
 
     @torch.no_grad()
     def interpolate(self, a: Tensor, b: Tensor, steps: int = 9) -> Tensor:
@@ -224,12 +250,13 @@ class VAE(nn.Module):
         return self.decode(torch.lerp(start, end, t))
 
 
-def _parameters(module: nn.Module) -> int:
+def count_parameters(module: nn.Module) -> int:
+    """Numbers that are learnt."""
     return sum(p.numel() for p in module.parameters())
 
 
 @contextmanager
-def _seeded(seed: int | None, module: nn.Module) -> Iterator[None]:
+def seeded(seed: int | None, module: nn.Module) -> Iterator[None]:
     """Draw from ``seed`` without moving anybody else's random stream; None: the caller's own."""
     if seed is None:
         yield
@@ -252,7 +279,7 @@ def check_wiring(vae: VAE) -> None:
     except (RuntimeError, ValueError) as error:
         raise InputError(
             f"the posterior cannot read x of shape {x_shape}, which the likelihood is for "
-            f"({_first_line(error)}); build both from the same x_shape"
+            f"({first_line(error)}); build both from the same x_shape"
         ) from error
     p = vae.prior()
     if p.batch_shape != () or len(p.event_shape) != 1:
@@ -266,12 +293,18 @@ def check_wiring(vae: VAE) -> None:
             f"prior's) with batch shape (1,), got {tuple(q.event_shape)} with "
             f"{tuple(q.batch_shape)}; give both the same latent_dim"
         )
-    z = weight.new_zeros(1, *p.event_shape)
+    check_decoder(vae, weight.new_zeros(1, *p.event_shape))
+
+
+@torch.no_grad()
+def check_decoder(vae: VAE, z: Tensor) -> None:
+    """Send one z (1, D) through decoder and likelihood; raise InputError where they do not fit."""
+    x_shape = tuple(vae.likelihood.x_shape)
     try:
-        params = vae.decoder(z)
+        params = vae.params(z)
     except RuntimeError as error:
         raise InputError(
-            f"the decoder cannot read z of {p.event_shape[0]} dimensions ({_first_line(error)}); "
+            f"the decoder cannot read z of {z.shape[-1]} dimensions ({first_line(error)}); "
             "give it the prior's latent_dim"
         ) from error
     expected = tuple(vae.likelihood.params_shape)
@@ -289,5 +322,6 @@ def check_wiring(vae: VAE) -> None:
         )
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """The first line of an error's message."""
     return str(error).strip().split("\n")[0]

@@ -12,6 +12,7 @@ from pyrovae import config as cfg
 from pyrovae import data, objectives
 from pyrovae.commands.info import count
 from pyrovae.commands.output import show
+from pyrovae.importance import log_weights
 from pyrovae.training import fit
 from pyrovae.vae import VAE
 
@@ -35,6 +36,8 @@ def dry_run(
         dataset.protocol,
     )
     objective = objectives.REGISTRY[config.objective](config.num_particles)
+    if config.schedule == "cosine":  # which is planned for all epochs, where one is taken here
+        fit_settings = fit_settings | {"schedule_epochs": config.schedule_epochs or config.epochs}
     times: list[float] = []
     ends: list[float] = []
     history = fit(
@@ -56,6 +59,8 @@ def dry_run(
     held = sum(split.raw.nbytes for split in (dataset.train, dataset.valid, dataset.test))
 
     shown = {k: v for k, v in dataclasses.asdict(config).items() if v not in (None, {}, False)}
+    if config.model == "hierarchical":
+        shown["latent_dim"] = vae.latent_dim
     rows = list(shown.items())
     rows += [
         ("protocol", dataset.protocol),
@@ -98,8 +103,7 @@ def activations(vae: VAE, split: data.Split, config: cfg.TrainConfig, device: to
     x = split.head(config.batch_size).tensor(torch.Generator().manual_seed(0)).to(device)
     own = {p.untyped_storage().data_ptr() for p in vae.parameters()}
     with torch.random.fork_rng(), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        z = vae.posterior(x).rsample(torch.Size([config.num_particles]))
-        loss = -vae.likelihood(vae.decoder(z)).log_prob(x).sum() - vae.prior().log_prob(z).sum()
+        loss = -log_weights(vae.model, vae.guide, x, config.num_particles).sum()
     # The graph is alive until here, so no two storages had one address.
     del loss
     return sum(size for address, size in kept.items() if address not in own)

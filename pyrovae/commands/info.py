@@ -9,6 +9,7 @@ from pyrovae import data, likelihoods, networks, objectives, posteriors, priors
 from pyrovae.commands.output import show
 from pyrovae.errors import InputError
 from pyrovae.parser import INFO
+from pyrovae.presets import PRESETS, flags
 from pyrovae.runs import Run
 from pyrovae.vae import VAE
 
@@ -43,6 +44,8 @@ def _listing(topic: str) -> str:
         rows = [
             (name, str(make.__doc__).split("\n")[0]) for name, make in objectives.REGISTRY.items()
         ]
+    elif topic == "presets":
+        rows = [(name, summary, " ".join(flags(given))) for name, (summary, given) in PRESETS.items()]
     elif topic == "data":
         rows = [(name, entry.summary) for name, entry in data.REGISTRY.items()]
     else:
@@ -61,7 +64,8 @@ def _run_facts(run: Run) -> str:
     vae = cfg.load(run)
     with cfg.naming(run.path / "metrics.jsonl"):
         metrics = run.read_metrics()
-        best = max(metrics, key=lambda m: m["valid_elbo"], default=None)
+        validated = [m for m in metrics if "valid_elbo" in m]
+        best = max(validated, key=lambda m: m["valid_elbo"], default=None)
     rows = [
         ("protocol", str(protocol)),
         ("model", describe(config, vae)),
@@ -83,8 +87,9 @@ def _run_facts(run: Run) -> str:
 def describe(config: cfg.TrainConfig, vae: VAE) -> str:
     """The choices of a model in one line."""
     return (
-        f"{config.likelihood} likelihood, {config.network} network, {config.posterior} posterior, "
-        f"{config.prior} prior, {vae.latent_dim} latents, {count(vae):,} parameters"
+        f"{config.likelihood} likelihood, {config.network} network, "
+        f"{config.posterior} posterior, {config.prior} prior, {vae.layout} latents, "
+        f"{count(vae):,} parameters"
     )
 
 

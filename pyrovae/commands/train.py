@@ -21,7 +21,7 @@ from pyrovae.commands.output import check_writable, quoted, say, show
 from pyrovae.errors import InputError
 from pyrovae.evaluation import evaluate as run_evaluation
 from pyrovae.runs import Run
-from pyrovae.training import check_data, fit, resolve_device
+from pyrovae.training import check_continuable, check_data, fit, resolve_device
 from pyrovae.vae import VAE
 
 
@@ -35,7 +35,7 @@ def train(args: argparse.Namespace) -> int:
     if args.resume:
         run, config = _resumed(args, given)
     else:
-        config = cfg.resolve(cfg.make(cfg.TrainConfig, given))
+        config = cfg.resolve(cfg.make(cfg.TrainConfig, cfg.with_preset(given)))
         run = Run(args.out or cfg.default_out(config))
         _check_free(run, args.overwrite)
     device = resolve_device(config.device)
@@ -67,6 +67,7 @@ def train(args: argparse.Namespace) -> int:
             progress=False if args.quiet else None,
             should_stop=interrupts.asked,
             callback=tracker,
+            say=lambda line: say(f"engine    {line}", args.quiet),
             epochs=config.epochs,
             **_fit_settings(config),
         )
@@ -94,15 +95,21 @@ _FIT_SETTINGS = (
     "batch_size",
     "optimizer",
     "lr",
+    "adam_betas",
+    "adam_eps",
     "schedule",
     "schedule_epochs",
+    "warmup_epochs",
     "weight_decay",
     "clip_norm",
     "ema",
     "patience",
+    "validate_every",
     "beta",
     "kl_warmup",
     "free_bits",
+    "engine",
+    "precision",
     "seed",
 )
 
@@ -126,7 +133,7 @@ def _tracker(
 
 
 def _resumed(args: argparse.Namespace, given: dict[str, Any]) -> tuple[Run, cfg.TrainConfig]:
-    run = Run(args.out or cfg.default_out(cfg.make(cfg.TrainConfig, given)))
+    run = Run(args.out or cfg.default_out(cfg.make(cfg.TrainConfig, cfg.with_preset(given))))
     stored = cfg.run_config(run)
     asked = cfg.make(cfg.TrainConfig, {**dataclasses.asdict(stored), **given})
     for name in given:
@@ -138,7 +145,7 @@ def _resumed(args: argparse.Namespace, given: dict[str, Any]) -> tuple[Run, cfg.
             )
     keep = {name: getattr(asked, name) for name in given if name in cfg.RESUMABLE}
     config = dataclasses.replace(stored, **keep)
-    planned = stored.schedule != "constant" and stored.schedule_epochs is None
+    planned = stored.schedule == "cosine" and stored.schedule_epochs is None
     if planned and config.epochs != stored.epochs:
         raise InputError(
             f"the {stored.schedule} schedule of this run was planned for {stored.epochs} epochs, "
@@ -147,7 +154,9 @@ def _resumed(args: argparse.Namespace, given: dict[str, Any]) -> tuple[Run, cfg.
     # All read now, so that damage is refused before anything is said or written.
     with cfg.naming(run.path / "metrics.jsonl"):
         run.read_metrics()
-    done = runs.load_checkpoint(run.last).get("state", {}).get("epoch", 0)
+    state = runs.load_checkpoint(run.last).get("state", {})
+    done = state.get("epoch", 0)
+    check_continuable(done, state.get("best_epoch", 0), config.epochs, config.validate_every)
     if run.best.exists():
         runs.load_checkpoint(run.best)
     if config.epochs < done:

@@ -1,0 +1,526 @@
+"""The fast SVI step: Pyro's handlers run once, and what they computed is compiled and replayed.
+
+A stock ``SVI.step`` spends most of a small network's time in Python: handlers, plates, traces, and
+an optimiser for each parameter. None of that depends on the data. So the programs are run once
+with stand-in tensors, and every operation of the bound, of its gradient and of the optimiser is
+written down (`torch.fx`) and compiled (`torch.compile`); a CUDA graph may hold the result. Whatever
+changes between steps is an input of that graph and never a constant in it: weights, the optimiser's
+state, the batch, the noise, the learning rate, the KL weight.
+"""
+
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from pyro.infer import ELBO
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from pyrovae.data import Split
+from pyrovae.errors import InputError
+from pyrovae.importance import Program
+from pyrovae.objectives import KLWeight
+from pyrovae.optimizers import WholeModelOptimizer, corrections, moved, slots
+from pyrovae.tracing import Draws, Plan, Traced
+
+# "traced" replays the traced operations without compiling them: to look into, or for a few steps.
+ENGINES = ("auto", "svi", "compiled", "cuda-graph", "traced")
+PRECISIONS = ("fp32", "tf32", "bf16")
+
+# On a CPU, compilation takes 10 to 30 seconds, and then each step saves some milliseconds.
+REPAID_AFTER = 5000
+
+
+class CompiledSVI:
+    """`pyro.infer.SVI` with a step that was traced once and compiled.
+
+    ``step`` lowers the loss as ``SVI.step`` does, with the same arithmetic, several times faster.
+    The loss that it returns is a tensor that nobody waits for. A step whose loss or gradient is
+    not finite changes nothing, nor does any step after it; `check` tells, and is called every so
+    many steps.
+
+    Each batch size is traced once. The first is compiled; another one, such as the ragged last
+    batch of an epoch, replays its traced operations one by one. Before the first step, loss and
+    gradients of the graph are held against those of ``loss`` itself, on the same noise.
+
+    Args:
+        model: Pyro program with the observed sites.
+        guide: Pyro program with the latent sites, all of them reparameterised.
+        optim: holds what is trained: parameters of ``module``, or of Pyro's store.
+        loss: `objectives.elbo()`, ... or another Pyro ELBO of those classes.
+        module: the module whose parameters and buffers the programs use, if they use one.
+        split: with it, ``step`` takes indices, and draws the batch of this split inside the graph.
+        weight: the KL weight that has been put around the programs; it may change between steps.
+        average: moving averages of the module's state, by name, and their decay.
+        mode: "compiled", "cuda-graph", or "traced", which replays without compiling.
+        precision: "fp32", "tf32" or "bf16", of the networks' matrix products and nothing else.
+        seed: of the noise: draws of z, and of x where ``split`` samples it.
+        reduce: sums a flat tensor over all processes, in place; None: there is only this one.
+
+    Raises:
+        NotTraceableError: for programs that cannot be traced, and why; or whose traced loss or
+            gradients are not those of ``loss``.
+
+    >>> import pyro, pyro.distributions as dist
+    >>> from pyrovae import objectives
+    >>> def model(x):
+    ...     with pyro.plate("data", len(x), dim=-1):
+    ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+    >>> def guide(x):
+    ...     slope = pyro.param("slope", torch.tensor(0.0))
+    ...     with pyro.plate("data", len(x), dim=-1):
+    ...         pyro.sample("z", dist.Normal(slope * x, 0.7))
+    >>> x = torch.linspace(-2, 2, 64)
+    >>> _ = guide(x)  # the parameter is born
+    >>> optim = WholeModelOptimizer(pyro.get_param_store().named_parameters(), lr=0.05)
+    >>> svi = CompiledSVI(model, guide, optim, objectives.elbo(), mode="traced")
+    >>> for _ in range(50):
+    ...     loss = svi.step(x)
+    >>> bool(0.3 < pyro.param("slope") < 0.7)  # the posterior's is 1/2
+    True
+    >>> pyro.clear_param_store()
+    """
+
+    def __init__(
+        self,
+        model: Program,
+        guide: Program,
+        optim: WholeModelOptimizer,
+        loss: ELBO,
+        *,
+        module: nn.Module | None = None,
+        split: Split | None = None,
+        weight: KLWeight | None = None,
+        average: tuple[dict[str, Tensor], float] | None = None,
+        mode: str = "compiled",
+        precision: str = "fp32",
+        seed: int = 0,
+        reduce: Callable[[Tensor], None] | None = None,
+    ):
+        self.optim = optim
+        self.mode = mode
+        self.precision = precision
+        self.weight = weight
+        self.decay = 0.0 if average is None else average[1]
+        self.reduce = reduce
+        self._module = module
+        self._traced = Traced(model, guide, loss, optim.named, module, weight)
+        self._params = list(optim.named.values())
+        self.device = self._params[0].device
+        self.split = None if split is None else split.to(self.device)
+        self.generator = torch.Generator(self.device).manual_seed(seed)
+        self.total = torch.zeros((), dtype=torch.float64, device=self.device)
+        """The losses of all steps, summed; set it to what it should start from."""
+        self._averages = _averages(average, module, self._params)
+        self._steps: dict[int, _Step] = {}
+        self.bind()
+
+    def bind(self) -> None:
+        """Take up the optimiser's state as it is; to be called after a checkpoint is loaded."""
+        optimizer = self.optim.optimizer
+        moments = [slots(optimizer, p) for p in self._params]
+        self.count = max((int(optimizer.state[p]["step"]) for p in self._params), default=0)
+        """Steps taken so far, by the optimiser's count."""
+        # Steps taken, as the device counts them, and the number of the first that failed, or 0.
+        self._health = torch.tensor([self.count, 0], device=self.device)
+        # What a step changes, in place: aliases of what module and optimiser hold.
+        self._state = [
+            *(p.detach() for p in self._params),
+            *(m for m, _ in moments),
+            *(v for _, v in moments),
+            *(average for average in self._averages if average is not None),
+            self.total,
+            self._health,
+        ]
+        for step in self._steps.values():
+            step.bind()
+        self._mark()
+
+    def _mark(self) -> None:
+        """Remember the noise from here on, so that a step that fails can be looked at."""
+        self._marked = (self.count, self.generator.get_state())
+        self._since: list[Tensor] = []
+
+    def step(self, batch: Tensor, images: int | None = None) -> Tensor:
+        """Move every parameter once; the loss summed over the batch, a tensor of shape ().
+
+        Args:
+            batch: x (B, *x_shape), or, with a split, the indices (B,) of its images.
+            images: of all processes together, where there are several; default B.
+        """
+        size = len(batch)
+        step = self.prepare(batch)
+        noise = self._noise(step.plan, size)
+        self.count += 1
+        self._since.append(batch)
+        with torch.no_grad():
+            return step.run(batch, noise, self._row(images or size))
+
+    def prepare(self, batch: Tensor) -> "_Step":
+        """Trace the step for batches like this one, if that has not been done."""
+        size = len(batch)
+        if size not in self._steps:
+            self._steps[size] = self._built(batch)
+        return self._steps[size]
+
+    def check(self) -> None:
+        """Wait for the steps so far. Raises FloatingPointError if one failed, with its number."""
+        failed = int(self._health[1])
+        if failed:
+            raise FloatingPointError(f"the loss or a gradient of step {failed} is not finite")
+        self._mark()
+
+    def failed(self) -> tuple[int, Tensor, Draws]:
+        """The step that `check` complained of: its number, its x, and a handler with its noise."""
+        number = int(self._health[1])
+        before, stream = self._marked
+        self.generator.set_state(stream)
+        for batch in self._since[: number - before]:
+            size = len(batch)
+            plan = self._steps[size].plan
+            noise = self._noise(plan, size)
+        x, rest = self._x(batch, noise, self._data())
+        return number, x, Draws(dict(zip(plan.noise, rest, strict=True)))
+
+    def save(self) -> dict[str, Any]:
+        """Bring the optimiser's state up to date; returns what else a checkpoint needs."""
+        for p in self._params:
+            self.optim.optimizer.state[p]["step"].fill_(self.count)
+        stream = self.generator.get_state()
+        return {"mode": self.mode, "device": self.device.type, "stream": stream}
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Take up a checkpoint, once the optimiser has; exact on the same kind of device."""
+        if saved["device"] == self.device.type:
+            self.generator.set_state(saved["stream"])
+        else:
+            self.generator.manual_seed(self.generator.initial_seed() + self.count)
+        self.bind()
+
+    # Inputs of a step that are not state.
+
+    def _row(self, images: int) -> Tensor:
+        """What Python decides: learning rate, bias corrections, KL weight, images of the batch."""
+        optimizer = self.optim.optimizer
+        weight = 1.0 if self.weight is None else self.weight.number
+        lr = optimizer.param_groups[0]["lr"]
+        row = (lr, *corrections(optimizer, self.count), weight, images)
+        # float64, for the first corrections are differences of nearly equal numbers.
+        return torch.tensor(row, dtype=torch.float64)
+
+    def _noise(self, plan: Plan, size: int) -> list[Tensor]:
+        bits = None if self.split is None else self.split.noise(size, self.generator)
+        drawn = [] if bits is None else [bits]
+        for shape, dtype in plan.noise.values():
+            drawn.append(
+                torch.randn(shape, dtype=dtype, device=self.device, generator=self.generator)
+            )
+        return drawn
+
+    def _data(self) -> list[Tensor]:
+        return [] if self.split is None else [self.split.raw]
+
+    def _x(
+        self, batch: Tensor, noise: Sequence[Tensor], data: Sequence[Tensor]
+    ) -> tuple[Tensor, Sequence[Tensor]]:
+        """x (B, *x_shape), and the noise that remains for z."""
+        if self.split is None:
+            return batch, noise
+        raw = data[0].index_select(0, batch)
+        if self.split.sampling == "fixed":
+            return self.split.sampled(raw, None), noise
+        return self.split.sampled(raw, noise[0]), noise[1:]
+
+    # What is traced.
+
+    def _built(self, batch: Tensor) -> "_Step":
+        """Trace the step for one batch size; verify, and compile or capture, the first."""
+        size = len(batch)
+        first = not self._steps
+        with networks_in(self._module, self.precision):
+            stream = torch.Generator(self.device)
+            bits = None if self.split is None else self.split.noise(size, stream)
+            x, _ = self._x(batch, [] if bits is None else [bits], self._data())
+            plan = self._traced.plan(x)
+            if first:
+                self._verify(plan, x)
+            noise = self._noise(plan, size)
+            row = self._row(size).to(self.device)
+            example = [*self._state, *self._traced.constants, *self._data(), batch, *noise, row]
+            keys = list(plan.noise)
+            if self.reduce is None:
+                graphs = [self._traced.trace(lambda *flat: self._whole(flat, keys), *example)]
+            else:
+                vector = torch.zeros(1 + sum(p.numel() for p in self._params), device=self.device)
+                graphs = [
+                    self._traced.trace(lambda *flat: self._local(flat, keys), *example),
+                    self._traced.trace(self._apply, *self._state, vector, row),
+                ]
+        mode = "traced" if self.mode == "compiled" and not first else self.mode
+        return _Step(self, plan, graphs, mode)
+
+    def _verify(self, plan: Plan, x: Tensor) -> None:
+        traced = self._traced
+        noise = [torch.zeros(s, dtype=d, device=x.device) for s, d in plan.noise.values()]
+        weight = torch.ones((), dtype=torch.float64)
+        count, constants = len(self._params), len(traced.constants)
+
+        def function(*flat: Tensor) -> tuple[Any, ...]:
+            params, rest = flat[:count], flat[count:]
+            fixed, rest = rest[:constants], rest[constants:]
+            draws = dict(zip(plan.noise, rest[1:-1], strict=True))
+            loss, grads = traced.loss_and_grads(params, fixed, rest[0], draws, rest[-1])
+            return (loss, *grads)
+
+        weights = [p.detach() for p in self._params]
+        graph = traced.trace(function, *weights, *traced.constants, x, *noise, weight)
+        traced.verify(plan, x, graph)
+
+    def _whole(self, flat: Sequence[Tensor], keys: list[str]) -> Tensor:
+        """The whole step: the loss, its gradient, and the update, in place."""
+        loss, grads = self._loss_and_grads(flat, keys)
+        self._update(flat[: len(self._state)], loss, grads, flat[-1])
+        return loss
+
+    def _local(self, flat: Sequence[Tensor], keys: list[str]) -> Tensor:
+        """This process's share: loss and gradients as one vector."""
+        loss, grads = self._loss_and_grads(flat, keys)
+        whole = zip(self._params, grads, strict=True)
+        parts = [torch.zeros_like(p) if g is None else g for p, g in whole]
+        return torch.cat([loss.reshape(1), *(g.reshape(-1) for g in parts)])
+
+    def _apply(self, *flat: Tensor) -> Tensor:
+        """The update, from the vector that all processes have summed."""
+        *state, vector, row = flat
+        loss, rest = vector[0], vector[1:]
+        sizes = [p.numel() for p in self._params]
+        grads = [g.view_as(p) for g, p in zip(rest.split(sizes), self._params, strict=True)]
+        self._update(state, loss, grads, row)
+        return loss.clone()
+
+    def _loss_and_grads(
+        self, flat: Sequence[Tensor], keys: list[str]
+    ) -> tuple[Tensor, Sequence[Tensor | None]]:
+        traced, data = self._traced, self._data()
+        params, rest = flat[: len(self._params)], flat[len(self._state) :]
+        constants, rest = rest[: len(traced.constants)], rest[len(traced.constants) :]
+        raw, rest = rest[: len(data)], rest[len(data) :]
+        batch, noise, row = rest[0], rest[1:-1], rest[-1]
+        x, noise = self._x(batch, noise, raw)
+        draws = dict(zip(keys, noise, strict=True))
+        weight = row[3].to(self._params[0].dtype)
+        return traced.loss_and_grads(params, constants, x, draws, weight)
+
+    def _update(
+        self, state: Sequence[Tensor], loss: Tensor, grads: Sequence[Tensor | None], row: Tensor
+    ) -> None:
+        count = len(self._params)
+        params, first, second = (state[i * count : (i + 1) * count] for i in range(3))
+        averages = iter(state[3 * count : -2])
+        total, health = state[-2:]
+        row = row.to(self._params[0].dtype)  # two numbers of float64 would make a third
+        lr, divisors, images = row[0], (row[1], row[2]), row[4]
+        grads = [None if g is None else g / images for g in grads]
+        square: Any = sum(g.square().sum() for g in grads if g is not None)
+        norm = square.sqrt()
+        finite = torch.isfinite(norm) & torch.isfinite(loss)
+        fine = finite & (health[1] == 0)
+        clip = self.optim.clip_norm
+        factor = None if clip is None else torch.clamp(clip / (norm + 1e-6), max=1.0)
+
+        def put(old: Tensor, new: Tensor) -> None:
+            old.copy_(torch.where(fine, new, old))
+
+        for p, grad, m, v, average in zip(
+            params, grads, first, second, self._averages, strict=True
+        ):
+            new = p
+            if grad is not None:
+                grad = grad if factor is None else grad * factor
+                new, *moments = moved(self.optim.optimizer, p, grad, (m, v), lr, divisors)
+                put(m, moments[0])
+                put(v, moments[1])
+            if average is not None:
+                kept = next(averages)
+                put(kept, torch.lerp(kept, new, 1 - self.decay))
+            if grad is not None:
+                put(p, new)
+        put(total, total + loss)
+        number = torch.where((health[1] == 0) & ~finite, health[0] + 1, health[1])
+        health.copy_(torch.stack([health[0] + 1, number]))
+
+
+class _Step:
+    """The traced step for one batch size, as it is run: compiled, captured, or replayed."""
+
+    def __init__(self, svi: CompiledSVI, plan: Plan, graphs: list[GraphModule], mode: str):
+        self.svi = svi
+        self.plan = plan
+        compiled = [
+            graph if mode == "traced" else torch.compile(graph, fullgraph=True, dynamic=False)
+            for graph in graphs
+        ]
+        self._graphs: list[Callable[..., Tensor]] = compiled
+        self._capture = mode == "cuda-graph" and svi.reduce is None
+        self.bind()
+
+    def bind(self) -> None:
+        """Take up the tensors that the state now consists of."""
+        svi = self.svi
+        self._fixed = [*svi._state, *svi._traced.constants, *svi._data()]
+        self._replay: Callable[..., Tensor] | None = None
+
+    def run(self, batch: Tensor, noise: list[Tensor], row: Tensor) -> Tensor:
+        """One step; the loss summed over the batch."""
+        if self._capture:
+            if self._replay is None:
+                self._replay = captured(self._call, self.svi._state, [batch, *noise, row])
+            return self._replay(batch, *noise, row)
+        return self._call(batch, *noise, row.to(self.svi.device))
+
+    def _call(self, *inputs: Tensor) -> Tensor:
+        first = self._graphs[0](*self._fixed, *inputs)
+        if self.svi.reduce is None:
+            return first
+        self.svi.reduce(first)
+        return self._graphs[1](*self.svi._state, first, inputs[-1])
+
+
+def captured(
+    function: Callable[..., Tensor], state: Sequence[Tensor], inputs: Sequence[Tensor]
+) -> Callable[..., Tensor]:
+    """A function captured in a CUDA graph: inputs are copied in, the output is a copy.
+
+    Args:
+        function: of tensors of fixed shapes; it may change ``state`` in place.
+        state: what it changes; warming up leaves it as it was.
+        inputs: an example of its inputs, on the device or not.
+    """
+    device = state[0].device
+    static = [t.to(device, copy=True) for t in inputs]
+    kept = [t.clone() for t in state]
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        for _ in range(3):  # compilation, and the libraries' own first-time work
+            function(*static)
+    torch.cuda.current_stream(device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = function(*static)
+    for t, old in zip(state, kept, strict=True):
+        t.copy_(old)
+
+    def replay(*given: Tensor) -> Tensor:
+        for to, value in zip(static, given, strict=True):
+            to.copy_(value, non_blocking=True)
+        graph.replay()
+        return output.clone()
+
+    return replay
+
+
+def _averages(
+    average: tuple[dict[str, Tensor], float] | None,
+    module: nn.Module | None,
+    params: list[nn.Parameter],
+) -> list[Tensor | None]:
+    """The moving average of each parameter, where there is one."""
+    if average is None or module is None:
+        return [None] * len(params)
+    by_id = {id(t): name for name, t in module.state_dict(keep_vars=True).items()}
+    return [average[0][by_id[id(p)]] if id(p) in by_id else None for p in params]
+
+
+@contextmanager
+def networks_in(module: Any, precision: str) -> Iterator[None]:
+    """Let the matrix products of a module's layers run in a lower precision.
+
+    "tf32" rounds the factors to 10 bits of mantissa on GPUs that can, "bf16" to 7; sums are in
+    float32, and so is whatever comes after a layer: activations, log-probabilities, the bound.
+
+    Raises:
+        InputError: for another precision.
+    """
+    if precision not in PRECISIONS:
+        raise InputError(f"--precision expects one of {', '.join(PRECISIONS)}; got {precision!r}")
+    if precision == "tf32":
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("high")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
+        return
+    layers: list[nn.Module] = []
+    if precision == "bf16" and module is not None:
+        kinds = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
+        layers = [layer for layer in module.modules() if isinstance(layer, kinds)]
+    forwards = [layer.forward for layer in layers]
+    for layer in layers:
+        layer.forward = _rounded(layer.forward)
+    try:
+        yield
+    finally:
+        for layer, forward in zip(layers, forwards, strict=True):
+            layer.forward = forward
+
+
+def _rounded(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    def run(x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, torch.bfloat16, cache_enabled=False):
+            return forward(x).to(x.dtype)
+
+    return run
+
+
+def choose(engine: str, device: torch.device, steps: int) -> tuple[str, str]:
+    """The engine that "auto" means, and why, in a few words.
+
+    Raises:
+        InputError: for an unknown engine, or one that this device has not.
+    """
+    if engine not in ENGINES:
+        raise InputError(f"--engine expects one of {', '.join(ENGINES)}; got {engine!r}")
+    cuda = device.type == "cuda"
+    if engine == "cuda-graph" and not cuda:
+        raise InputError(
+            f"--engine cuda-graph needs a CUDA device, and this run is on {device}; use --engine "
+            "compiled"
+        )
+    if engine == "compiled" and not cuda and not has_compiler():
+        raise InputError(
+            "--engine compiled needs a C++ compiler, and none was found; install g++, or use "
+            "--engine svi"
+        )
+    if engine != "auto":
+        return engine, "as asked"
+    if cuda:
+        return "cuda-graph", "a CUDA device"
+    if not has_compiler():
+        return "svi", "no C++ compiler was found, which the compiled engine needs"
+    if steps < REPAID_AFTER:
+        return "svi", f"{steps:,} steps would not repay the compilation"
+    return "compiled", f"{steps:,} steps repay the compilation"
+
+
+def mode_of(checkpoint: dict[str, Any]) -> str:
+    """The engine that a checkpoint was written by."""
+    engine = checkpoint.get("engine")
+    return "svi" if engine is None else engine["mode"]
+
+
+def fits(split: Split, device: torch.device) -> bool:
+    """Whether the raw levels of a split should be held on the device: half of it may be theirs."""
+    if device.type != "cuda":
+        return True
+    free, _ = torch.cuda.mem_get_info(device)
+    return split.raw.nbytes < free // 2
+
+
+def has_compiler() -> bool:
+    """Whether `torch.compile` finds a C++ compiler."""
+    return any(shutil.which(name) for name in ("g++", "clang++", "c++"))

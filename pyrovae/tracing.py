@@ -1,0 +1,376 @@
+"""Pyro programs as plain functions of tensors, so that a bound and its gradient can be traced.
+
+Two handlers make a program pure: one gives every latent site its value from noise that is handed
+in, one gives every ``pyro.param`` its value from tensors that are handed in. What remains is a
+function of weights, x and noise, which `torch.fx` can write down once for all.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.distributions.util import scale_and_mask
+from pyro.infer import ELBO, RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
+from pyro.infer.util import get_dependent_plate_dims, torch_sum
+from pyro.poutine.messenger import Messenger
+from torch import Tensor, nn
+from torch.distributions import biject_to, kl_divergence
+from torch.fx import GraphModule
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from pyrovae.errors import InputError
+from pyrovae.importance import Program, is_bookkeeping, isolated_params
+from pyrovae.objectives import KLWeight
+from pyrovae.proposals import from_noise
+
+
+class NotTraceableError(InputError):
+    """Programs whose step cannot be traced once and replayed, and why."""
+
+
+class Plan(NamedTuple):
+    """The noise that one batch size needs."""
+
+    noise: dict[str, tuple[torch.Size, torch.dtype]]
+    """A draw of a latent site -> shape and dtype of its standard-normal noise."""
+
+
+class Draws(Messenger):
+    """Gives each latent site its value from given noise; without noise, notes what it would take.
+
+    Entered outside everything else, so that it meets a site last, in its final shape.
+    """
+
+    def __init__(self, noise: dict[str, Tensor] | None = None):
+        super().__init__()
+        self.noise = noise
+        self.needs: dict[str, tuple[torch.Size, torch.dtype]] = {}
+        self._met: Counter[str] = Counter()
+
+    def __enter__(self) -> Any:
+        self._met.clear()
+        return super().__enter__()
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        name, fn = msg["name"], msg["fn"]
+        if is_bookkeeping(msg):
+            if fn.subsample_size is not None and fn.subsample_size < fn.size:
+                raise NotTraceableError(
+                    f"plate {name!r} draws a subsample of its own; draw the batch outside the "
+                    "program, and pass it as x"
+                )
+            return
+        if msg["is_observed"] or msg["done"]:
+            return
+        if not fn.has_rsample:
+            raise NotTraceableError(
+                f"site {name!r} has no reparameterised draw ({type(fn).__name__}): its "
+                "gradient needs the score function"
+            )
+        self._met[name] += 1
+        key = f"{name}/{self._met[name]}"
+        # A site that is not made of normals draws for itself, inside the graph.
+        value = from_noise(fn, lambda event: self._normal(key, fn, event))
+        if value is not None:
+            msg["value"] = value
+            msg["done"] = True
+
+    def _normal(self, key: str, fn: Any, event: torch.Size) -> Tensor:
+        if self.noise is not None:
+            return self.noise[key]
+        shape = torch.Size(fn.batch_shape + event)
+        drawn = fn.sample()
+        self.needs[key] = (shape, drawn.dtype)
+        return torch.randn(shape, dtype=drawn.dtype, device=drawn.device)
+
+
+class Weights(Messenger):
+    """Gives each ``pyro.param`` its value: from given tensors, or the module's own parameter."""
+
+    def __init__(self, values: dict[str, Tensor]):
+        super().__init__()
+        self.values = values
+
+    def _pyro_param(self, msg: dict[str, Any]) -> None:
+        name = msg["name"]
+        if name in self.values:
+            constraint = msg["kwargs"].get("constraint", torch.distributions.constraints.real)
+            msg["value"] = biject_to(constraint)(self.values[name])
+        elif len(msg["args"]) > 1 and isinstance(msg["args"][1], Tensor) and "$$$" in name:
+            msg["value"] = msg["args"][1]  # handed over by pyro.module: the tensor in use
+        else:
+            raise NotTraceableError(
+                f"the optimiser does not hold the parameter {name!r} of Pyro's store; run the "
+                "programs once, then give the optimiser the store's named_parameters()"
+            )
+        msg["done"] = msg["stop"] = True
+
+
+class Traced:
+    """The loss of two programs as a function of tensors: weights, constants, x, noise, KL weight.
+
+    Args:
+        model: Pyro program with the observed sites.
+        guide: Pyro program with the latent sites.
+        objective: a Pyro ELBO.
+        named: what is trained: parameters of the module or of Pyro's store, by name.
+        module: the module whose parameters and buffers the programs use.
+        weight: a KL weight that has been put around the programs.
+    """
+
+    def __init__(
+        self,
+        model: Program,
+        guide: Program,
+        objective: ELBO,
+        named: dict[str, nn.Parameter],
+        module: nn.Module | None,
+        weight: KLWeight | None,
+    ):
+        check_objective(objective)
+        self.model = model
+        self.guide = guide
+        self.objective = objective
+        self.named = named
+        self.weight = weight
+        inner = module if module is not None else nn.Module()
+        owned = {id(p): name for name, p in inner.named_parameters()}
+        store = {id(p): name for name, p in pyro.get_param_store().named_parameters()}
+        self._module_names: list[str | None] = [owned.get(id(p)) for p in named.values()]
+        self._store_names: list[str | None] = [
+            None if id(p) in owned else store.get(id(p)) for p in named.values()
+        ]
+        for name, here, there in zip(named, self._module_names, self._store_names, strict=True):
+            if here is None and there is None:
+                raise InputError(
+                    f"expected parameters of module= or of Pyro's store; {name!r} is in neither"
+                )
+        trained = {id(p) for p in named.values()}
+        rest: dict[str, Tensor] = {
+            n: p for n, p in inner.named_parameters() if id(p) not in trained
+        }
+        rest.update(inner.named_buffers())
+        self._constant_names = list(rest)
+        self.constants: list[Tensor] = [t.detach() for t in rest.values()]
+        """Buffers and frozen parameters: inputs of the graph too, so that it folds none of them in."""
+        self._loss = _Loss(inner, self)
+
+    def plan(self, x: Tensor) -> Plan:
+        """Run the programs once, to learn what noise they need for x (B, *x_shape)."""
+        draws = Draws()
+        devices = [x.device] if x.is_cuda else []
+        params = [p.detach().requires_grad_() for p in self.named.values()]
+        weight = torch.ones((), dtype=torch.float64, device=x.device)
+        with torch.random.fork_rng(devices=devices), pyro.validation_enabled(False):
+            self._call(params, self.constants, x, draws, weight)
+        return Plan(draws.needs)
+
+    def loss_and_grads(
+        self,
+        params: Sequence[Tensor],
+        constants: Sequence[Tensor],
+        x: Tensor,
+        noise: dict[str, Tensor],
+        weight: Tensor,
+    ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        """The loss summed over the batch, and its gradient for each parameter (None: unused)."""
+        leaves = [p.detach().requires_grad_() for p in params]
+        loss, surrogate = self._call(leaves, constants, x, Draws(noise), weight)
+        grads = torch.autograd.grad(surrogate, leaves, allow_unused=True)
+        return loss.detach(), grads
+
+    def _call(
+        self,
+        params: Sequence[Tensor],
+        constants: Sequence[Tensor],
+        x: Tensor,
+        draws: Draws,
+        weight: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        values = dict(zip(self._constant_names, constants, strict=True))
+        stored: dict[str, Tensor] = {}
+        for p, here, there in zip(params, self._module_names, self._store_names, strict=True):
+            if here is not None:
+                values[here] = p
+            elif there is not None:
+                stored[there] = p
+        swapped = {f"inner.{name}": t for name, t in values.items()}
+        return torch.func.functional_call(self._loss, swapped, (x, draws, stored, weight))
+
+    def verify(self, plan: Plan, x: Tensor, graph: GraphModule) -> None:
+        """Hold a graph of `loss_and_grads` against the Pyro objective, on the same noise.
+
+        Raises:
+            NotTraceableError: if loss or a gradient differ.
+        """
+        devices = [x.device] if x.is_cuda else []
+        params = [p.detach() for p in self.named.values()]
+        with torch.random.fork_rng(devices=devices), pyro.validation_enabled(False):
+            noise = {
+                key: torch.randn(shape, dtype=dtype, device=x.device)
+                for key, (shape, dtype) in plan.noise.items()
+            }
+            state = torch.get_rng_state()
+            number = 1.0 if self.weight is None else self.weight.number
+            weight = torch.tensor(number, dtype=torch.float64, device=x.device)
+            loss, *grads = graph(*params, *self.constants, x, *noise.values(), weight)
+            torch.set_rng_state(state)  # for sites that draw inside the graph
+            expected, truth = self._by_pyro(x, noise)
+        _compare("the loss", loss, torch.as_tensor(expected, device=x.device))
+        for name, ours, theirs in zip(self.named, grads, truth, strict=True):
+            if (ours is None) != (theirs is None):
+                raise NotTraceableError(f"the traced step and Pyro disagree on the use of {name}")
+            if ours is not None and theirs is not None:
+                _compare(f"the gradient of {name}", ours, theirs)
+
+    def _by_pyro(self, x: Tensor, noise: dict[str, Tensor]) -> tuple[float, list[Tensor | None]]:
+        kept = [p.grad for p in self.named.values()]
+        for p in self.named.values():
+            p.grad = None
+        try:
+            with isolated_params(), Draws(noise):
+                # SVI captures parameters in a trace of its own; a Pyro objective needs no more.
+                loss = self.objective.loss_and_grads(self.model, self.guide, x)
+            return float(loss), [p.grad for p in self.named.values()]
+        finally:
+            for p, grad in zip(self.named.values(), kept, strict=True):
+                p.grad = grad
+
+    def trace(self, function: Any, *example: Any) -> GraphModule:
+        """Write down the operations of a function, with stand-ins for its tensors.
+
+        Raises:
+            NotTraceableError: where Python asks for the value of a tensor, so that the operations
+                depend on data.
+        """
+        try:
+            with pyro.validation_enabled(False):
+                # Stand-ins have no values: `if x.sum() > 0` is an error, and not a branch taken.
+                return make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*example)
+        except NotTraceableError:
+            raise
+        except Exception as error:
+            reason = " ".join(str(error).split())[:160] or type(error).__name__
+            raise NotTraceableError(
+                "the programs ask for a tensor's value, or use what torch.fx cannot trace: "
+                f"{reason}"
+            ) from error
+
+
+class _Loss(nn.Module):
+    """Somewhere for `functional_call` to put the weights."""
+
+    def __init__(self, inner: nn.Module, traced: Traced):
+        super().__init__()
+        self.inner = inner
+        self._traced = [traced]  # in a list, so that it is no submodule
+
+    def forward(
+        self, x: Tensor, draws: Draws, stored: dict[str, Tensor], weight: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        traced = self._traced[0]
+        kept = traced.weight.value if traced.weight is not None else None
+        if traced.weight is not None:
+            traced.weight.value = weight
+        try:
+            with Weights(stored), draws:
+                return losses(traced.objective, traced.model, traced.guide, x)
+        finally:
+            if traced.weight is not None and kept is not None:
+                traced.weight.value = kept
+
+
+def check_objective(objective: ELBO) -> None:
+    """Refuse an objective whose bound is not known here."""
+    if not hasattr(objective, "losses") and type(objective) not in _LOSSES:
+        known = ", ".join(kind.__name__ for kind in _LOSSES)
+        raise NotTraceableError(
+            f"expected one of Pyro's {known}, or an objective with losses(model, guide, x); got "
+            f"{type(objective).__name__}"
+        )
+
+
+def losses(objective: ELBO, model: Program, guide: Program, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The loss summed over the batch, and the surrogate whose gradient is descended; both ().
+
+    What `loss_and_grads` of the objective computes, without reading a number back to Python.
+    """
+    own = getattr(objective, "losses", None)
+    if own is not None:
+        return own(model, guide, x)
+    loss = _LOSSES[type(objective)](objective, list(objective._get_traces(model, guide, (x,), {})))
+    return loss, loss
+
+
+Traces = list[tuple[poutine.Trace, poutine.Trace]]
+
+
+def _elbo(objective: Any, traces: Traces) -> Tensor:
+    total = [g.log_prob_sum() - m.log_prob_sum() for m, g in traces]
+    return torch.as_tensor(sum(total)) / objective.num_particles
+
+
+def _mean_field(objective: Any, traces: Traces) -> Tensor:
+    loss: Any = 0.0
+    for model, guide in traces:
+        for name, site in model.nodes.items():
+            if site["type"] != "sample":
+                continue
+            loss = (
+                loss - site["log_prob_sum"]
+                if site["is_observed"]
+                else loss + _kl(guide.nodes[name], site)
+            )
+        for name, site in guide.nodes.items():
+            if site["type"] == "sample" and name not in model.nodes:
+                loss = loss + site["log_prob_sum"]
+    return loss / objective.num_particles
+
+
+def _kl(guide_site: dict[str, Any], model_site: dict[str, Any]) -> Tensor:
+    try:
+        kl = kl_divergence(guide_site["fn"], model_site["fn"])
+    except NotImplementedError:  # Pyro falls back on the draw, and so does this
+        return guide_site["log_prob_sum"] - model_site["log_prob_sum"]
+    return scale_and_mask(kl, scale=guide_site["scale"], mask=guide_site["mask"]).sum()
+
+
+def _renyi(objective: Any, traces: Traces) -> Tensor:
+    particles = []
+    for model, guide in traces:
+        dims = get_dependent_plate_dims(model.nodes.values())
+        log_weight: Any = 0.0
+        for trace, sign in ((model, 1), (guide, -1)):
+            for site in trace.nodes.values():
+                if site["type"] == "sample":
+                    log_weight = log_weight + sign * torch_sum(site["log_prob"], dims)
+        particles.append(log_weight)
+    vectorized = objective.vectorize_particles and objective.num_particles > 1
+    log_weights = particles[0] if vectorized else torch.stack(particles)
+    order = 1.0 - objective.alpha
+    log_mean = torch.logsumexp(order * log_weights, 0) - math.log(objective.num_particles)
+    return -log_mean.sum() / order
+
+
+_LOSSES: dict[type[ELBO], Any] = {
+    Trace_ELBO: _elbo,
+    TraceMeanField_ELBO: _mean_field,
+    RenyiELBO: _renyi,
+}
+
+
+def _compare(what: str, ours: Tensor, theirs: Tensor) -> None:
+    size = theirs.detach().double().norm()
+    error = (ours.detach().double() - theirs.detach().double()).norm()
+    # Rounding in float32 is ten times below; a wrong constant is far above.
+    # What is not finite on both sides is the step's to report.
+    if bool(torch.isfinite(size)) and not bool(error <= 1e-3 * size + 1e-6):
+        raise NotTraceableError(
+            f"{what} of the traced step differs from Pyro's by {float(error / size):.1e} of its "
+            "size, on the same noise: the programs do something that depends on more than x and "
+            "their draws, such as dropout or a counter"
+        )

@@ -1,0 +1,576 @@
+"""The traced step is Pyro's step: loss, gradients, parameters; what cannot be traced is refused."""
+
+import copy
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer import SVI, RenyiELBO, Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
+from test_grid import GRID, is_valid, settings
+from tiny import tiny_config, tiny_data, tiny_vae
+from torch import nn
+
+from pyrovae import acceleration, objectives
+from pyrovae import config as cfg
+from pyrovae.acceleration import CompiledSVI, choose, networks_in
+from pyrovae.errors import InputError, NonFiniteLossError
+from pyrovae.objectives import KLWeight
+from pyrovae.optimizers import WholeModelOptimizer
+from pyrovae.tracing import Draws, NotTraceableError, Traced
+from pyrovae.training import fit
+
+
+@pytest.fixture(autouse=True)
+def quiet_pyro():
+    """As `fit` does: no parameters left behind, no validation."""
+    with pyro.get_param_store().scope(), pyro.validation_enabled(False):
+        yield
+
+
+def batch(config, n=5):
+    data = tiny_data(config, n=40)
+    return data, data.train.batch(torch.arange(n), torch.Generator().manual_seed(1))
+
+
+def noise_for(plan, seed=0):
+    stream = torch.Generator().manual_seed(seed)
+    return {
+        key: torch.randn(shape, dtype=dtype, generator=stream)
+        for key, (shape, dtype) in plan.noise.items()
+    }
+
+
+def flat_graph(traced, plan, x):
+    """`loss_and_grads` as a traced graph of (params, constants, x, noise, weight)."""
+    weights = [p.detach() for p in traced.named.values()]
+    count, fixed = len(weights), len(traced.constants)
+
+    def function(*flat):
+        params, rest = flat[:count], flat[count:]
+        constants, rest = rest[:fixed], rest[fixed:]
+        noise = dict(zip(plan.noise, rest[1:-1], strict=True))
+        loss, grads = traced.loss_and_grads(params, constants, rest[0], noise, rest[-1])
+        return (loss, *grads)
+
+    zeros = [torch.zeros(shape, dtype=dtype) for shape, dtype in plan.noise.values()]
+    weight = torch.ones((), dtype=torch.float64)
+    return traced.trace(function, *weights, *traced.constants, x, *zeros, weight)
+
+
+def first_rows(names):
+    """Every prior and posterior with one likelihood, every likelihood with one of each."""
+    plain = names[1:3] == ("standard-normal", "mean-field")
+    return () if names[0] == "bernoulli" or plain else pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "names",
+    [pytest.param(g, marks=first_rows(g), id="-".join(g)) for g in GRID if is_valid(*g)],
+)
+def test_loss_and_every_gradient_are_those_of_pyro(names):
+    config = tiny_config(**settings(*names))
+    data, x = batch(config)
+    vae = cfg.build(config, data)
+    objective = objectives.REGISTRY[config.objective](config.num_particles)
+    named = dict(vae.named_parameters())
+    traced = Traced(vae.model, vae.guide, objective, named, vae, None)
+    plan = traced.plan(x)
+    graph = flat_graph(traced, plan, x)
+    # Weights and noise that the graph was not traced with: nothing may have been folded into it.
+    with torch.no_grad():
+        for p in vae.parameters():
+            p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(2)))
+    noise = noise_for(plan)
+    with Draws(noise):
+        expected = objective.loss_and_grads(vae.model, vae.guide, x)
+    one = torch.ones((), dtype=torch.float64)
+    loss, *grads = graph(
+        *(p.detach() for p in named.values()), *traced.constants, x, *noise.values(), one
+    )
+    assert float(loss) == pytest.approx(expected, rel=2e-5, abs=1e-5)
+    for (name, p), grad in zip(named.items(), grads, strict=True):
+        assert (grad is None) == (p.grad is None), name
+        if p.grad is not None:
+            error = (grad - p.grad).norm()
+            assert float(error) <= 1e-4 * float(p.grad.norm()) + 1e-5, name
+
+
+def reference_steps(vae, split, objective, optim, batches, noises, rows):
+    """The same steps by `pyro.infer.SVI`; ``rows`` are learning rate and KL weight of each."""
+    weight = KLWeight()
+    model, guide = objectives.with_handlers(vae.model, vae.guide, objective, weight=weight)
+    svi = SVI(model, guide, optim, loss=objective)
+    losses = []
+    for index, (bits, noise), (lr, kl) in zip(batches, noises, rows, strict=True):
+        x = split.sampled(split.raw.index_select(0, index), bits)
+        optim.begin(lr, len(index))
+        weight.set(kl)
+        with Draws(noise):
+            losses.append(svi.step(x))
+    return losses
+
+
+class Recorder(CompiledSVI):
+    """Keeps the noise of every step."""
+
+    def __init__(self, *args, **kwargs):
+        self.drawn = []
+        super().__init__(*args, **kwargs)
+
+    def _noise(self, plan, size):
+        noise = super()._noise(plan, size)
+        if self.recording:
+            bits, rest = (None, noise) if self.split.sampling == "fixed" else (noise[0], noise[1:])
+            self.drawn.append((bits, dict(zip(plan.noise, rest, strict=True))))
+        return noise
+
+    recording = False
+
+
+CASES = {
+    "adam": {},
+    "adamw, decay": {"name": "adamw", "weight_decay": 0.1},
+    "adam, decay and clipping": {"weight_decay": 0.1, "clip_norm": 0.5},
+    "adamax": {"name": "adamax"},
+    "other betas": {"betas": (0.99, 0.95), "eps": 1e-4},
+}
+
+
+def both_ways(mode, objective_name, options, binarize="dynamic", likelihood="bernoulli"):
+    config = tiny_config(
+        objective=objective_name,
+        likelihood=likelihood,
+        num_particles=3 if objective_name in ("iwae", "dreg") else 1,
+    )
+    data = tiny_data(config)
+    ours, theirs = cfg.build(config, data), cfg.build(config, data)
+    objective = objectives.REGISTRY[objective_name](config.num_particles)
+    optim = WholeModelOptimizer(ours.named_parameters(), **options)
+    weighted = objective_name in ("elbo", "mean-field")
+    weight = KLWeight()
+    model, guide = objectives.with_handlers(ours.model, ours.guide, objective, weight=weight)
+    average = {n: t.clone() for n, t in ours.state_dict().items()}
+    svi = Recorder(
+        model,
+        guide,
+        optim,
+        objective,
+        module=ours,
+        split=data.train,
+        weight=weight,
+        average=(average, 0.9),
+        mode=mode,
+    )
+    stream = torch.Generator().manual_seed(0)
+    sizes = [7] * 9 + [4] + [7] * 10  # one ragged batch
+    batches = [torch.randint(0, len(data.train), (n,), generator=stream) for n in sizes]
+    rows = [(1e-2 * (1 - i / 40), min(1.0, i / 10) if weighted else 1.0) for i in range(20)]
+    for index in (batches[0], batches[9]):
+        optim.begin(1.0, 7)
+        svi.prepare(index)
+    svi.recording = True
+    losses = []
+    before = torch.get_rng_state()
+    for index, (lr, kl) in zip(batches, rows, strict=True):
+        optim.begin(lr, len(index))
+        weight.set(kl)
+        losses.append(float(svi.step(index)))
+    svi.check()
+    assert torch.equal(before, torch.get_rng_state())  # an explicit generator
+    other = WholeModelOptimizer(theirs.named_parameters(), **options)
+    expected = reference_steps(theirs, data.train, objective, other, batches, svi.drawn, rows)
+    return svi, losses, expected, ours, theirs, optim, other, average
+
+
+def assert_agree(svi, losses, expected, ours, theirs, optim, other, average):
+    assert losses == pytest.approx(expected, rel=1e-4)
+    assert float(svi.total) == pytest.approx(sum(expected), rel=1e-5)
+    svi.save()
+    ema = {n: p.detach().clone() for n, p in average.items()}
+    for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=2e-5), name
+        assert not torch.equal(ema[name], a), name
+        for key, value in optim.optimizer.state[a].items():
+            assert torch.allclose(value, other.optimizer.state[b][key], rtol=1e-3, atol=1e-6), key
+
+
+@pytest.mark.parametrize("objective", objectives.REGISTRY)
+def test_parameters_agree_after_20_steps_of_every_objective(objective):
+    assert_agree(*both_ways("traced", objective, {}))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_parameters_agree_after_20_steps_of_every_optimiser(case):
+    assert_agree(*both_ways("traced", "elbo", CASES[case]))
+
+
+def test_dequantised_batches_agree_too():
+    assert_agree(*both_ways("traced", "elbo", {}, likelihood="logit-normal"))
+
+
+@pytest.mark.skipif(not acceleration.has_compiler(), reason="needs a C++ compiler")
+def test_the_compiled_step_agrees_and_is_compiled_once():
+    torch._dynamo.utils.counters.clear()
+    assert_agree(*both_ways("compiled", "elbo", {"clip_norm": 5.0}))
+    # Learning rate and KL weight changed at each of the 20 steps.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_the_moving_average_is_that_of_the_steps():
+    svi, *_ = both_ways("traced", "elbo", {})
+    assert svi.decay == 0.9
+    config = tiny_config()
+    data = tiny_data(config)
+    vae = cfg.build(config, data)
+    average = {n: t.clone() for n, t in vae.state_dict().items()}
+    truth = {n: t.clone() for n, t in average.items()}
+    optim = WholeModelOptimizer(vae.named_parameters())
+    svi = CompiledSVI(
+        vae.model,
+        vae.guide,
+        optim,
+        objectives.elbo(),
+        module=vae,
+        split=data.train,
+        average=(average, 0.9),
+        mode="traced",
+    )
+    for _ in range(5):
+        svi.step(torch.arange(8))
+        for name, t in vae.state_dict().items():
+            truth[name] = 0.9 * truth[name] + 0.1 * t
+    for name, t in truth.items():
+        assert torch.allclose(average[name], t, atol=1e-6), name
+
+
+# What must not be traced
+
+
+def normal_model(x):
+    with pyro.plate("data", len(x), dim=-1):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def guide_of(draw):
+    def guide(x):
+        slope = pyro.param("slope", torch.tensor(0.3))
+        with pyro.plate("data", len(x), dim=-1):
+            draw(slope, x)
+
+    return guide
+
+
+def svi_for(model, guide, x, objective=None, **options):
+    guide(x)
+    optim = WholeModelOptimizer(pyro.get_param_store().named_parameters())
+    objective = objective or objectives.elbo()
+    return CompiledSVI(model, guide, optim, objective, mode="traced", **options)
+
+
+def discrete(slope, x):
+    pyro.sample("z", dist.Poisson(slope.exp().expand(x.shape)))
+
+
+def branching(slope, x):
+    scale = 0.5 if slope * x.sum() > 0 else 0.7
+    pyro.sample("z", dist.Normal(slope * x, scale))
+
+
+class Counting:
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, slope, x):
+        self.calls += 1
+        pyro.sample("z", dist.Normal(slope * x, 1.0 + self.calls))
+
+
+def with_dropout(slope, x):
+    pyro.sample("z", dist.Normal(nn.functional.dropout(slope * x, 0.5, True), 1.0))
+
+
+@pytest.mark.parametrize(
+    ("draw", "reason"),
+    [
+        (discrete, "no reparameterised draw"),
+        (branching, "tensor's value"),
+        (Counting(), "differs from Pyro's"),
+    ],
+    ids=["discrete", "data-dependent branch", "state of its own"],
+)
+def test_what_cannot_be_traced_is_refused(draw, reason):
+    x = torch.linspace(-1, 1, 6)
+    svi = svi_for(normal_model, guide_of(draw), x)
+    before = pyro.param("slope").clone()
+    with pytest.raises(NotTraceableError, match=reason):
+        svi.step(x)
+    assert torch.equal(pyro.param("slope"), before)
+
+
+def test_a_subsample_inside_the_program_is_refused():
+    def guide(x):
+        slope = pyro.param("slope", torch.tensor(0.3))
+        with pyro.plate("data", len(x), subsample_size=2, dim=-1) as index:
+            pyro.sample("z", dist.Normal(slope * x[index], 1.0))
+
+    x = torch.linspace(-1, 1, 6)
+    with pytest.raises(NotTraceableError, match="subsample"):
+        svi_for(normal_model, guide, x).step(x)
+
+
+def test_an_unknown_objective_is_refused():
+    x = torch.linspace(-1, 1, 6)
+    with pytest.raises(NotTraceableError, match="TraceGraph_ELBO"):
+        svi_for(normal_model, guide_of(discrete), x, TraceGraph_ELBO())
+
+
+def test_draws_inside_the_graph_are_drawn_anew():
+    """Dropout agrees with Pyro for the same random stream, and is not frozen."""
+    x = torch.linspace(-1, 1, 200)
+    svi = svi_for(normal_model, guide_of(with_dropout), x)
+    svi.optim.begin(0.0, 200)
+    losses = {float(svi.step(x)) for _ in range(4)}
+    assert len(losses) == 4
+
+
+OBJECTIVES = [
+    lambda: Trace_ELBO(num_particles=3),  # particles in a loop, not in a plate
+    lambda: TraceMeanField_ELBO(num_particles=2),
+    lambda: RenyiELBO(alpha=0.5, num_particles=3),
+    lambda: RenyiELBO(alpha=0.0, num_particles=3, vectorize_particles=True, max_plate_nesting=1),
+]
+
+
+@pytest.mark.parametrize("make", OBJECTIVES)
+def test_programs_without_a_module_train_parameters_of_the_store(make):
+    """Constraints included: scale is positive, and the store keeps its logarithm."""
+
+    def guide(x):
+        slope = pyro.param("slope", torch.tensor(0.1))
+        scale = pyro.param("scale", torch.tensor(1.0), constraint=dist.constraints.positive)
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("z", dist.Normal(slope * x, scale))
+
+    x = 2 * torch.randn(128, generator=torch.Generator().manual_seed(0))
+    svi = svi_for(normal_model, guide, x, make())
+    svi.optim.begin(0.05, 128)
+    for _ in range(150):
+        svi.step(x)
+    svi.check()
+    assert float(pyro.param("slope").detach()) == pytest.approx(0.5, abs=0.05)
+    assert float(pyro.param("scale").detach()) == pytest.approx(math.sqrt(0.5), abs=0.06)
+
+
+def test_a_parameter_that_nobody_knows_is_refused():
+    stray = nn.Parameter(torch.zeros(2))
+    optim = WholeModelOptimizer([("stray", stray)])
+    with pytest.raises(InputError, match="'stray' is in neither"):
+        CompiledSVI(normal_model, normal_model, optim, objectives.elbo(), mode="traced")
+
+
+# Failures and resuming
+
+
+def test_a_step_that_fails_changes_nothing_and_is_found_again():
+    config = tiny_config(binarize="none", likelihood="gaussian")
+    data = tiny_data(config)
+    vae = cfg.build(config, data)
+    optim = WholeModelOptimizer(vae.named_parameters())
+    optim.begin(1e-3, 8)
+    svi = CompiledSVI(vae.model, vae.guide, optim, objectives.elbo(), module=vae, mode="traced")
+    xs = [data.train.batch(torch.arange(8), torch.Generator().manual_seed(i)) for i in range(6)]
+    xs[3][2] = math.nan
+    for x in xs[:3]:
+        svi.step(x)
+    good = copy.deepcopy(vae.state_dict())
+    for x in xs[3:]:
+        svi.step(x)
+    with pytest.raises(FloatingPointError, match="step 4"):
+        svi.check()
+    number, x, draws = svi.failed()
+    assert number == 4 and torch.equal(x.isnan(), xs[3].isnan())
+    for name, t in vae.state_dict().items():
+        assert torch.equal(t, good[name]), name
+    with draws:
+        trace = poutine.trace(vae.guide).get_trace(x)
+    assert trace.nodes["z"]["value"].isnan().any(-1).tolist() == [i == 2 for i in range(8)]
+
+
+def test_fit_names_the_step_and_the_site():
+    vae, data = tiny_vae()
+    with torch.no_grad():
+        list(vae.decoder.parameters())[-1].fill_(math.nan)
+    with pytest.raises(NonFiniteLossError, match=r"step 1 \(epoch 1\).*site 'x' of the model"):
+        fit(vae, data, epochs=1, engine="traced", progress=False)
+
+
+@pytest.mark.parametrize("split_at", ["an epoch", "a step"])
+def test_resuming_is_exact(tmp_path, split_at):
+    options = {"engine": "traced", "batch_size": 8, "ema": 0.9, "kl_warmup": 2.0, "seed": 3}
+    options |= {"schedule": "cosine", "schedule_epochs": 4, "progress": False}
+    whole, data = tiny_vae()
+    history = fit(whole, data, epochs=4, run=tmp_path / "whole", **options)
+    parts, _ = tiny_vae()
+    if split_at == "an epoch":
+        fit(parts, data, epochs=2, run=tmp_path / "parts", **options)
+    else:
+        steps = iter(range(100))
+        fit(
+            parts,
+            data,
+            epochs=4,
+            run=tmp_path / "parts",
+            should_stop=lambda: next(steps) == 4,
+            **options,
+        )
+    again, _ = tiny_vae()
+    resumed = fit(again, data, epochs=4, run=tmp_path / "parts", resume=True, **options)
+    for name, t in whole.state_dict().items():
+        assert torch.equal(t, again.state_dict()[name]), name
+    drop = "seconds"
+    assert [{k: v for k, v in m.items() if k != drop} for m in history.metrics] == [
+        {k: v for k, v in m.items() if k != drop} for m in resumed.metrics
+    ]
+
+
+def test_resuming_takes_up_the_engine_of_the_run(tmp_path):
+    vae, data = tiny_vae()
+    options = {"run": tmp_path / "run", "progress": False}
+    fit(vae, data, epochs=1, engine="traced", **options)
+    lines = []
+    fit(vae, data, epochs=2, resume=True, say=lines.append, **options)
+    assert lines == ["traced: as asked"]
+    with pytest.raises(InputError, match="another --engine"):
+        fit(vae, data, epochs=3, resume=True, engine="svi", **options)
+
+
+# The choice of an engine
+
+
+def test_auto_repays_the_compilation():
+    cpu = torch.device("cpu")
+    assert choose("auto", cpu, 100)[0] == "svi"
+    wanted = "compiled" if acceleration.has_compiler() else "svi"
+    assert choose("auto", cpu, 100_000)[0] == wanted
+    assert choose("auto", torch.device("cuda"), 1)[0] == "cuda-graph"
+    assert choose("svi", torch.device("cuda"), 1)[0] == "svi"
+
+
+def test_auto_needs_a_compiler(monkeypatch):
+    monkeypatch.setattr(acceleration.shutil, "which", lambda name: None)
+    cpu = torch.device("cpu")
+    engine, why = choose("auto", cpu, 100_000)
+    assert engine == "svi" and "compiler" in why
+    with pytest.raises(InputError, match=r"--engine compiled needs a C\+\+ compiler"):
+        choose("compiled", cpu, 1)
+
+
+def test_unknown_engines_are_refused():
+    cpu = torch.device("cpu")
+    with pytest.raises(InputError, match="--engine expects one of"):
+        choose("jit", cpu, 1)
+    with pytest.raises(InputError, match="cuda-graph needs a CUDA device"):
+        choose("cuda-graph", cpu, 1)
+
+
+def test_auto_falls_back_on_svi_with_the_reason(monkeypatch):
+    monkeypatch.setattr(acceleration, "REPAID_AFTER", 1)
+    vae, data = tiny_vae()
+    inner = vae.decoder.forward
+    vae.decoder.forward = lambda z: inner(z) if z.sum() < 1e9 else inner(-z)
+    lines = []
+    fit(vae, data, epochs=1, say=lines.append, progress=False)
+    if acceleration.has_compiler():
+        assert lines[0].startswith("svi: the programs ask for a tensor's value")
+    with pytest.raises(NotTraceableError, match="tensor's value"):
+        fit(vae, data, epochs=1, engine="traced", progress=False)
+
+
+# Precision
+
+
+def test_bf16_moves_the_elbo_by_less_than_a_twentieth_of_a_nat():
+    vae, data = tiny_vae(hidden=(32,), latent_dim=2)
+    fit(vae, data, epochs=100, lr=1e-2, batch_size=8, progress=False)
+    x = data.test.tensor().repeat(200, 1, 1, 1)
+
+    def elbo():
+        torch.manual_seed(0)
+        with torch.no_grad():
+            return -objectives.elbo().loss(vae.model, vae.guide, x) / len(x)
+
+    exact = elbo()
+    with networks_in(vae, "bf16"):
+        rounded = elbo()
+    assert 0 < abs(rounded - exact) < 0.05
+    assert elbo() == exact  # nothing is left behind
+
+
+def test_tf32_is_put_back():
+    before = torch.get_float32_matmul_precision()
+    with networks_in(None, "tf32"):
+        assert torch.get_float32_matmul_precision() == "high"
+    assert torch.get_float32_matmul_precision() == before
+
+
+def test_unknown_precisions_are_refused():
+    with pytest.raises(InputError, match="--precision expects one of"), networks_in(None, "fp8"):
+        pass
+
+
+def test_bf16_trains():
+    vae, data = tiny_vae()
+    before = {n: t.clone() for n, t in vae.state_dict().items()}
+    fit(vae, data, epochs=1, engine="traced", precision="bf16", progress=False)
+    assert all(not torch.equal(p, before[n]) for n, p in vae.named_parameters())
+    assert all(p.dtype == torch.float32 for p in vae.parameters())
+
+
+# Batches drawn from integers
+
+
+def test_bits_binarise_with_the_levels_probabilities():
+    from pyrovae import data
+
+    raw = torch.arange(256, dtype=torch.uint8).repeat(8, 1)
+    split = data.from_array(raw, binarize="dynamic", valid_size=1, test_size=1).train
+    stream = torch.Generator().manual_seed(0)
+    count = 3000
+    total = torch.zeros(256)
+    for _ in range(count):
+        total += split.sampled(split.raw, split.noise(len(split), stream)).sum(0)
+    n = count * len(split)
+    p = split.raw[0].double() / 255
+    assert total[0] == 0 and total[255] == n
+    z = (total / n - p) / (p * (1 - p) / n).sqrt()
+    assert float(z[1:-1].abs().max()) < 5
+    assert float(z[1:-1].square().mean()) == pytest.approx(1, abs=5 * math.sqrt(2 / 254))
+
+
+def test_the_largest_integer_leaves_a_white_pixel_white():
+    split = tiny_vae()[1].train
+    raw = torch.full((1, *split.x_shape), split.levels, dtype=torch.uint8)
+    for extreme in (2**31 - 1, -(2**31)):
+        noise = torch.full((1, *split.x_shape), extreme, dtype=torch.int32)
+        assert bool((split.sampled(raw, noise) == 1).all())
+        assert bool((split.sampled(0 * raw, noise) == 0).all())
+
+
+def test_bits_dequantise_within_the_level():
+    from pyrovae import data
+
+    raw = torch.arange(256, dtype=torch.uint8).repeat(6, 1)
+    split = data.from_array(raw, dequantize="uniform", valid_size=1, test_size=1).train
+    stream = torch.Generator().manual_seed(0)
+    ys = torch.stack(
+        [split.sampled(split.raw, split.noise(len(split), stream)) for _ in range(500)]
+    )
+    assert torch.equal((ys * 256).floor(), split.raw.float().expand_as(ys))
+    u = (ys * 256 - split.raw).flatten().double()
+    n = len(u)
+    assert abs(float(u.mean()) - 0.5) < 5 / math.sqrt(12 * n)
+    assert abs(float((u**2).mean()) - 1 / 3) < 5 * math.sqrt(4 / 45 / n)

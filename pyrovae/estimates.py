@@ -50,6 +50,7 @@ def estimate(
     seed: int = 0,
     first_image: int = 0,
     proposal: Proposal = GUIDE,
+    kernel: importance.Kernel | None = None,
 ) -> PerImage:
     """Everything `evaluate` reports, for the images of one batch x (B, *x_shape).
 
@@ -65,12 +66,20 @@ def estimate(
         seed: of the draws.
         first_image: position of x[0] in its data set; the draws belong to positions.
         proposal: what the draws of log p(x) come from.
+        kernel: as in `importance.chunks`.
 
     Raises:
         InputError: as `importance.chunks`.
     """
     draws = partial(
-        importance.chunks, model, guide, x, chunk=chunk, seed=seed, first_image=first_image
+        importance.chunks,
+        model,
+        guide,
+        x,
+        chunk=chunk,
+        seed=seed,
+        first_image=first_image,
+        kernel=kernel,
     )
     of_guide = _GuideSums(importance.latent_mean(guide, x))
     weights = []

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyrovae import importance
+from pyrovae import acceleration, importance
 from pyrovae.data import Split
 from pyrovae.errors import InputError
 from pyrovae.estimates import PerImage, curve_sizes, delta_error, estimate
@@ -199,6 +199,7 @@ def evaluate(
     information_images: int = 500,
     device: str | torch.device | None = None,
     memory: int | None = None,
+    engine: str = "auto",
     progress: Callable[[int], None] | None = None,
 ) -> Evaluation:
     """Estimate log p(x) for every image of a split by importance sampling with the guide.
@@ -218,6 +219,8 @@ def evaluate(
         device: where to compute; default: where the VAE is.
         memory: bytes that one chunk may take; default: 64 MiB on a CPU, a quarter of the free
             memory on a GPU.
+        engine: "eager" runs the Pyro programs for every chunk, "compiled" what was traced of them
+            once (`acceleration.CompiledTerms`); "auto" compiles where that is repaid.
         progress: called with the number of images done.
 
     Raises:
@@ -238,6 +241,10 @@ def evaluate(
     likelihood.check(x)
 
     chosen = importance.plan(model, guide, x[:1].to(here), num_particles, memory, proposal)
+    whole = (len(x) // chosen.images) * (num_particles // chosen.particles)
+    kernel = acceleration.terms_kernel(
+        engine, vae, x[: chosen.images].to(here), chosen.particles, whole, proposal
+    )
     batches = []
     for start in range(0, len(x), chosen.images):
         part = x[start : start + chosen.images].to(here)
@@ -251,6 +258,7 @@ def evaluate(
                 seed=seed,
                 first_image=start,
                 proposal=proposal,
+                kernel=kernel,
             )
         )
         if progress is not None:

@@ -51,6 +51,7 @@ NAMES: dict[str, tuple[str, ...]] = {
     "step_sizes": ("frozen", "adaptive"),
     "log": ("tensorboard",),
     "engine": ("auto", "svi", "compiled", "cuda-graph", "traced"),
+    "evaluator": ("auto", "eager", "compiled"),
     "precision": ("fp32", "tf32", "bf16"),
 }
 
@@ -261,6 +262,12 @@ class EvaluateConfig:
     proposal_scale: float | None = _setting(
         None, "by how much the guide is inflated (default: 1.5)", above=1
     )
+    engine: str = _setting(
+        "auto",
+        "eager: run the Pyro programs for every chunk; compiled: what was traced of them once; "
+        "auto: compiled where that is repaid",
+        names="evaluator",
+    )
     information: int = _setting(
         500, "images, the first ones, whose rate is split into its parts; 0: none", least=0
     )
@@ -276,7 +283,14 @@ class EvaluateConfig:
 # What each method has no use for, which is refused and not ignored.
 UNUSED = {
     "importance": ("tolerance",),
-    "quadrature": ("num_particles", "proposal", "proposal_scale", "information", "seed"),
+    "quadrature": (
+        "num_particles",
+        "proposal",
+        "proposal_scale",
+        "engine",
+        "information",
+        "seed",
+    ),
 }
 
 

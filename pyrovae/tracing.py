@@ -7,7 +7,7 @@ function of weights, x and noise, which `torch.fx` can write down once for all.
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import pyro
@@ -23,7 +23,7 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyrovae.errors import InputError
-from pyrovae.importance import Program, is_bookkeeping, isolated_params
+from pyrovae.importance import LogTerms, Program, is_bookkeeping, isolated_params, log_terms
 from pyrovae.objectives import KLWeight
 from pyrovae.proposals import from_noise
 
@@ -156,8 +156,8 @@ class Traced:
         rest.update(inner.named_buffers())
         self._constant_names = list(rest)
         self.constants: list[Tensor] = [t.detach() for t in rest.values()]
-        """Buffers and frozen parameters: inputs of the graph too, so that it folds none of them in."""
-        self._loss = _Loss(inner, self)
+        """Buffers and frozen parameters: inputs of the graph too, so that none is folded in."""
+        self._loss = _Weighted(inner, self._losses)
 
     def plan(self, x: Tensor) -> Plan:
         """Run the programs once, to learn what noise they need for x (B, *x_shape)."""
@@ -198,8 +198,20 @@ class Traced:
                 values[here] = p
             elif there is not None:
                 stored[there] = p
-        swapped = {f"inner.{name}": t for name, t in values.items()}
-        return torch.func.functional_call(self._loss, swapped, (x, draws, stored, weight))
+        return self._loss.with_weights(values, x, draws, stored, weight)
+
+    def _losses(
+        self, x: Tensor, draws: Draws, stored: dict[str, Tensor], weight: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        kept = self.weight.value if self.weight is not None else None
+        if self.weight is not None:
+            self.weight.value = weight
+        try:
+            with Weights(stored), draws:
+                return losses(self.objective, self.model, self.guide, x)
+        finally:
+            if self.weight is not None and kept is not None:
+                self.weight.value = kept
 
     def verify(self, plan: Plan, x: Tensor, graph: GraphModule) -> None:
         """Hold a graph of `loss_and_grads` against the Pyro objective, on the same noise.
@@ -240,48 +252,104 @@ class Traced:
             for p, grad in zip(self.named.values(), kept, strict=True):
                 p.grad = grad
 
-    def trace(self, function: Any, *example: Any) -> GraphModule:
-        """Write down the operations of a function, with stand-ins for its tensors.
 
-        Raises:
-            NotTraceableError: where Python asks for the value of a tensor, so that the operations
-                depend on data.
-        """
-        try:
-            with pyro.validation_enabled(False):
-                # Stand-ins have no values: `if x.sum() > 0` is an error, and not a branch taken.
-                return make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*example)
-        except NotTraceableError:
-            raise
-        except Exception as error:
-            reason = " ".join(str(error).split())[:160] or type(error).__name__
-            raise NotTraceableError(
-                "the programs ask for a tensor's value, or use what torch.fx cannot trace: "
-                f"{reason}"
-            ) from error
+def trace(function: Callable[..., Any], *example: Tensor) -> GraphModule:
+    """Write down the operations of a function, with stand-ins for its tensors.
+
+    Raises:
+        NotTraceableError: where Python asks for the value of a tensor, so that the operations
+            would depend on data.
+    """
+    try:
+        with pyro.validation_enabled(False):
+            # Stand-ins have no values: `if x.sum() > 0` is an error, and not a branch taken.
+            return make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*example)
+    except NotTraceableError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        raise NotTraceableError(
+            f"the programs ask for a tensor's value, or use what torch.fx cannot trace: {reason}"
+        ) from error
 
 
-class _Loss(nn.Module):
-    """Somewhere for `functional_call` to put the weights."""
+class _Weighted(nn.Module):
+    """A function of a module, with the weights of that module handed in."""
 
-    def __init__(self, inner: nn.Module, traced: Traced):
+    def __init__(self, inner: nn.Module, function: Callable[..., Any]):
         super().__init__()
         self.inner = inner
-        self._traced = [traced]  # in a list, so that it is no submodule
+        self._function = function
 
-    def forward(
-        self, x: Tensor, draws: Draws, stored: dict[str, Tensor], weight: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        traced = self._traced[0]
-        kept = traced.weight.value if traced.weight is not None else None
-        if traced.weight is not None:
-            traced.weight.value = weight
-        try:
-            with Weights(stored), draws:
-                return losses(traced.objective, traced.model, traced.guide, x)
-        finally:
-            if traced.weight is not None and kept is not None:
-                traced.weight.value = kept
+    def forward(self, *args: Any) -> Any:
+        return self._function(*args)
+
+    def with_weights(self, weights: dict[str, Tensor], *args: Any) -> Any:
+        """The function's value where the module has these weights, by their names in it."""
+        swapped = {f"inner.{name}": t for name, t in weights.items()}
+        return torch.func.functional_call(self, swapped, args)
+
+
+class TracedTerms:
+    """The terms of the log-weights, (K, B), as a function of weights, x and noise.
+
+    Args:
+        model: Pyro program with the observed sites.
+        guide: Pyro program with the latent sites, all made of normals.
+        module: the module whose parameters and buffers they use.
+        num_particles: K.
+    """
+
+    def __init__(self, model: Program, guide: Program, module: nn.Module, num_particles: int):
+        self.model = model
+        self.guide = guide
+        self.num_particles = num_particles
+        self._names = [n for n, _ in (*module.named_parameters(), *module.named_buffers())]
+        self._count = len(list(module.parameters()))
+        self.weights = [t.detach() for t in (*module.parameters(), *module.buffers())]
+        """The module's own tensors: what is written into them is seen."""
+        self._terms = _Weighted(module, self._run)
+
+    def _run(self, x: Tensor, draws: Draws) -> LogTerms:
+        with Weights({}), draws:
+            return log_terms(self.model, self.guide, x, self.num_particles)
+
+    def _call(self, weights: Sequence[Tensor], x: Tensor, draws: Draws) -> LogTerms:
+        # Pyro would warn of parameters that want no gradient.
+        leaves = [t.detach().requires_grad_() for t in weights[: self._count]]
+        values = dict(zip(self._names, (*leaves, *weights[self._count :]), strict=True))
+        return self._terms.with_weights(values, x, draws)
+
+    def plan(self, x: Tensor) -> Plan:
+        """Run the programs once, to learn what noise they need for x (B, *x_shape)."""
+        draws = Draws()
+        devices = [x.device] if x.is_cuda else []
+        with (
+            torch.random.fork_rng(devices=devices),
+            pyro.validation_enabled(False),
+            torch.no_grad(),
+        ):
+            self._call(self.weights, x, draws)
+        return Plan(draws.needs)
+
+    def graph(self, x: Tensor) -> tuple[GraphModule, list[str]]:
+        """A graph of (*weights, x, *noise) -> log p(x | z), log p(z), log q(z | x), *z; the sites.
+
+        Raises:
+            NotTraceableError: where Python asks for the value of a tensor.
+        """
+        plan = self.plan(x)
+        count = len(self.weights)
+
+        def function(*flat: Tensor) -> tuple[Tensor, ...]:
+            noise = dict(zip(plan.noise, flat[count + 1 :], strict=True))
+            terms = self._call(flat[:count], flat[count], Draws(noise))
+            return (*terms[:3], *terms.latents.values())
+
+        noise = [torch.zeros(s, dtype=d, device=x.device) for s, d in plan.noise.values()]
+        with torch.no_grad():
+            graph = trace(function, *self.weights, x, *noise)
+        return graph, [key.rpartition("/")[0] for key in plan.noise]
 
 
 def check_objective(objective: ELBO) -> None:

@@ -19,7 +19,7 @@ from pyrovae.acceleration import CompiledSVI, choose, networks_in
 from pyrovae.errors import InputError, NonFiniteLossError
 from pyrovae.objectives import KLWeight
 from pyrovae.optimizers import WholeModelOptimizer
-from pyrovae.tracing import Draws, NotTraceableError, Traced
+from pyrovae.tracing import Draws, NotTraceableError, Traced, trace
 from pyrovae.training import fit
 
 
@@ -57,7 +57,7 @@ def flat_graph(traced, plan, x):
 
     zeros = [torch.zeros(shape, dtype=dtype) for shape, dtype in plan.noise.values()]
     weight = torch.ones((), dtype=torch.float64)
-    return traced.trace(function, *weights, *traced.constants, x, *zeros, weight)
+    return trace(function, *weights, *traced.constants, x, *zeros, weight)
 
 
 def first_rows(names):

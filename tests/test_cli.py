@@ -20,11 +20,13 @@ import pyrovae
 from pyrovae import (
     annealing,
     data,
+    hierarchical,
     likelihoods,
     networks,
     objectives,
     optimizers,
     posteriors,
+    presets,
     priors,
     proposals,
     settings,
@@ -321,12 +323,14 @@ def test_pictures(command: str, here: Path) -> None:
 
 REGISTRIES: dict[str, Any] = {
     "likelihood": likelihoods.REGISTRY,
+    "model": hierarchical.REGISTRY,
     "prior": priors.REGISTRY,
     "posterior": posteriors.REGISTRY,
     "network": networks.REGISTRY,
     "objective": objectives.REGISTRY,
     "data": data.REGISTRY,
     "optimizer": optimizers.OPTIMIZERS,
+    "preset": presets.PRESETS,
     "activation": networks.ACTIVATIONS,
     "binarize": ("auto", *data.BINARIZE),
     "dequantize": ("auto", *data.DEQUANTIZE),

@@ -443,7 +443,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_is_written_as_a_page(run: Path, tmp_path: Path) -> None:
     said: list[str] = []
     written = write_explorer(run, progress=said.append)
-    assert written == run / "explore.html" and said == ["encoding  300 test images"]
+    assert written == run / "explore.html" and said[0] == "encoding  300 test images"
     content = content_of(written.read_text())
     assert content["title"] == "a & b <run>"
     assert content["description"].startswith("bernoulli likelihood, mlp network, mean-field post")
@@ -453,11 +453,15 @@ def test_a_run_is_written_as_a_page(run: Path, tmp_path: Path) -> None:
     assert again.read_text() == written.read_text()
 
 
-def test_a_large_page_says_so(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(explore, "_HEAVY", 10_000)
+def test_a_page_says_how_large_it_is_and_why(run: Path, tmp_path: Path) -> None:
     said: list[str] = []
-    write_explorer(run, tmp_path / "page.html", progress=said.append)
-    assert re.fullmatch(r"size      \d+ MB, for the decoder has 1,168 weights", said[-1])
+    page = write_explorer(run, tmp_path / "page.html", progress=said.append)
+    told = re.fullmatch(r"size      ([\d.]+) MB: ([\d,]+) weights take ([\d.]+) of it", said[-1])
+    assert told
+    assert float(told[1]) == round(page.stat().st_size / 1e6, 1)
+    weights = content_of(page.read_text())["weights"]
+    assert told[2] == f"{len(floats(weights)):,}" == "1,168"
+    assert float(told[3]) == round(len(weights) / 1e6, 1)
 
 
 @pytest.mark.parametrize(

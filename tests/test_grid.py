@@ -36,7 +36,7 @@ def settings(likelihood, prior, posterior, objective):
         "posterior": posterior,
         "posterior_args": SMALL["posterior_args"].get(posterior, {}),
         "objective": objective,
-        "num_particles": 2 if objective == "iwae" else 1,
+        "num_particles": 2 if objective in ("iwae", "dreg") else 1,
     }
 
 

@@ -14,6 +14,7 @@ from torch.distributions import kl_divergence
 from pyrovae import config, importance, objectives
 from pyrovae.errors import InputError
 from pyrovae.importance import log_mean_exp, log_terms, log_weights
+from pyrovae.pathwise import DoublyReparameterized, StickingTheLanding
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +52,13 @@ def assert_same(ours, theirs, rtol=1e-4):
 def test_registry_names_and_types():
     assert tuple(objectives.REGISTRY) == config.NAMES["objective"]
     kinds = {name: type(make(2)) for name, make in objectives.REGISTRY.items()}
-    assert kinds == {"elbo": Trace_ELBO, "mean-field": TraceMeanField_ELBO, "iwae": RenyiELBO}
+    assert kinds == {
+        "elbo": Trace_ELBO,
+        "mean-field": TraceMeanField_ELBO,
+        "iwae": RenyiELBO,
+        "stl": StickingTheLanding,
+        "dreg": DoublyReparameterized,
+    }
     assert objectives.iwae(3).alpha == 0
     with pytest.raises(InputError, match="at least 1"):
         objectives.elbo(0)

@@ -115,6 +115,13 @@ SETTINGS = {
     "cosine": {"schedule": "cosine", "schedule_epochs": 6},
     "warm": {"kl_warmup": 3.0, "free_bits": 0.5},
     "iwae": {"objective": objectives.iwae(3), "optimizer": "adamax"},
+    "stages": {
+        "schedule": "iwae",
+        "warmup_epochs": 0.75,
+        "adam_betas": (0.99, 0.9),
+        "adam_eps": 1e-4,
+        "validate_every": 2,
+    },
 }
 
 
@@ -324,6 +331,10 @@ BAD = {
     "weight_decay": -1.0,
     "schedule": "linear",
     "schedule_epochs": 0,
+    "warmup_epochs": -0.5,
+    "adam_betas": (0.9, 1.0),
+    "adam_eps": 0.0,
+    "validate_every": 0,
     "optimizer": "sgd",
     "device": "tpu",
 }

@@ -43,6 +43,7 @@ def evaluate(args: argparse.Namespace) -> int:
             seed=config.seed,
             proposal=proposal,
             information_images=config.information,
+            engine=config.engine,
             progress=told,
         )
     if proposal.kind == "guide":

@@ -45,7 +45,9 @@ def _listing(topic: str) -> str:
             (name, str(make.__doc__).split("\n")[0]) for name, make in objectives.REGISTRY.items()
         ]
     elif topic == "presets":
-        rows = [(name, summary, " ".join(flags(given))) for name, (summary, given) in PRESETS.items()]
+        rows = [
+            (name, summary, " ".join(flags(given))) for name, (summary, given) in PRESETS.items()
+        ]
     elif topic == "data":
         rows = [(name, entry.summary) for name, entry in data.REGISTRY.items()]
     else:

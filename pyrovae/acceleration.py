@@ -112,7 +112,7 @@ class CompiledSVI:
         mode: str = "compiled",
         precision: str = "fp32",
         seed: int = 0,
-        reduce: Callable[[Tensor], None] | None = None,
+        reduce: Callable[[Tensor], object] | None = None,
     ):
         self.optim = optim
         self.mode = mode

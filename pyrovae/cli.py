@@ -16,7 +16,7 @@ from typing import Any
 
 from pyrovae import config as cfg
 from pyrovae.checks import C
-from pyrovae.errors import InputError, NonFiniteLossError
+from pyrovae.errors import InputError, NonFiniteLossError, ProcessLostError
 from pyrovae.parser import COMMANDS
 from pyrovae.parser import parse as parse
 
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return getattr(module, args.command)(args)
     except InputError as error:
         return _fail(error, 2)
-    except NonFiniteLossError as error:
+    except (NonFiniteLossError, ProcessLostError) as error:
         return _fail(error, 1)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)

@@ -1,4 +1,4 @@
-"""The two errors that carry a message for a person rather than for a programmer."""
+"""The errors that carry a message for a person rather than for a programmer."""
 
 
 class InputError(ValueError):
@@ -6,6 +6,10 @@ class InputError(ValueError):
 
     The command line prints the message alone and exits with status 2.
     """
+
+
+class ProcessLostError(RuntimeError):
+    """Another process of the same run is gone."""
 
 
 class NonFiniteLossError(RuntimeError):

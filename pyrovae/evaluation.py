@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyrovae import acceleration, importance
+from pyrovae import acceleration, importance, processes
 from pyrovae.data import Split
 from pyrovae.errors import InputError
 from pyrovae.estimates import PerImage, curve_sizes, delta_error, estimate
@@ -241,29 +241,32 @@ def evaluate(
     likelihood.check(x)
 
     chosen = importance.plan(model, guide, x[:1].to(here), num_particles, memory, proposal)
+    chosen = min(processes.gather(chosen))  # one cut for all: free memory may differ
     whole = (len(x) // chosen.images) * (num_particles // chosen.particles)
     kernel = acceleration.terms_kernel(
         engine, vae, x[: chosen.images].to(here), chosen.particles, whole, proposal
     )
-    batches = []
-    for start in range(0, len(x), chosen.images):
+    batches: dict[int, PerImage] = {}
+    for start in processes.share(list(range(0, len(x), chosen.images))):
         part = x[start : start + chosen.images].to(here)
-        batches.append(
-            estimate(
-                model,
-                guide,
-                part,
-                num_particles,
-                chunk=chosen.particles,
-                seed=seed,
-                first_image=start,
-                proposal=proposal,
-                kernel=kernel,
-            )
+        batches[start] = estimate(
+            model,
+            guide,
+            part,
+            num_particles,
+            chunk=chosen.particles,
+            seed=seed,
+            first_image=start,
+            proposal=proposal,
+            kernel=kernel,
         )
         if progress is not None:
             progress(min(start + chosen.images, len(x)))
-    images = PerImage(*(torch.cat(column) for column in zip(*batches, strict=True)))
+    # Noise belongs to an image and a particle, so it is all one who computes which batch.
+    for others in processes.gather(batches):
+        batches |= others
+    in_order = [batches[start] for start in sorted(batches)]
+    images = PerImage(*(torch.cat(column) for column in zip(*in_order, strict=True)))
     first = x[:information_images].to(here)
     return _summarise(
         images,

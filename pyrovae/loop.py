@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import pyro
@@ -14,7 +15,7 @@ from pyro import poutine
 from pyro.infer import SVI
 from torch import Tensor, nn
 
-from pyrovae import importance
+from pyrovae import importance, processes
 from pyrovae.acceleration import CompiledSVI, fits, networks_in
 from pyrovae.data import Data
 from pyrovae.errors import InputError, NonFiniteLossError
@@ -58,6 +59,7 @@ class Loop:
         self.state = State()
         self.generator = torch.Generator()
         self.best: dict[str, Tensor] | None = None
+        self._left_out = 0
         self._resumed_stream: Tensor | None = None
         self._valid = data.valid.tensor()
 
@@ -65,6 +67,8 @@ class Loop:
         """Indices of the epoch's remaining batches; its order is a function of (seed, epoch)."""
         self.generator.manual_seed(mix(seed, "data", self.state.epoch))
         order = torch.randperm(len(self.data.train), generator=self.generator)
+        if processes.rank() > 0:  # one order for all, and draws of x for each
+            self.generator.manual_seed(mix(seed, "data", self.state.epoch, processes.rank()))
         if self._resumed_stream is not None:
             if self.state.step_in_epoch:
                 self.generator.set_state(self._resumed_stream)
@@ -77,17 +81,24 @@ class Loop:
 
     def example(self, size: int) -> Tensor:
         """The first ``size`` images as a compiled engine takes them."""
-        index = torch.arange(size)
+        index = torch.arange(size)[processes.rank() :: processes.count()]
         engine_draws = fits(self.data.train, self.device)
         stream = torch.Generator()
         return (index if engine_draws else self.data.train.batch(index, stream)).to(self.device)
 
     def step(self, index: Tensor) -> None:
-        """Lower the loss of the images at ``index``, by one step of the engine."""
-        if isinstance(self.engine, CompiledSVI):
-            self._compiled_step(self.engine, index)
+        """Lower the loss of the images at ``index``, by one step of the engine.
+
+        Of several processes each takes its share; a last batch with fewer images than processes
+        is left out.
+        """
+        mine = index[processes.rank() :: processes.count()]
+        if len(index) < processes.count():
+            self._left_out = len(index)
+        elif isinstance(self.engine, CompiledSVI):
+            self._compiled_step(self.engine, mine, len(index))
         else:
-            self.state.loss_sum += self._svi_step(self.engine, self.draw(index))
+            self.state.loss_sum += self._svi_step(self.engine, self.draw(mine))
             if self.ema is not None:
                 average_weights(self.ema, self.vae, self.decay)
         self.state.step += 1
@@ -98,6 +109,8 @@ class Loop:
         try:
             with networks_in(self.vae, self.precision):
                 loss = float(svi.step(x))
+            if processes.count() > 1:
+                loss = float(processes.add(torch.tensor([loss], device=self.device)))
             self.optimizer.check_applied()
             what = "" if math.isfinite(loss) else f"the loss is {loss}"
         except FloatingPointError as error:
@@ -108,9 +121,9 @@ class Loop:
             raise self._non_finite(self.state.step + 1, what, site)
         return loss
 
-    def _compiled_step(self, engine: CompiledSVI, index: Tensor) -> None:
+    def _compiled_step(self, engine: CompiledSVI, index: Tensor, images: int) -> None:
         batch = index.to(self.device) if engine.split is not None else self.draw(index)
-        engine.step(batch)
+        engine.step(batch, images)
         if self.state.step % _CHECKED_EVERY == _CHECKED_EVERY - 1:
             self.wait()
 
@@ -132,6 +145,9 @@ class Loop:
         raise self._non_finite(number, what, site)
 
     def _non_finite(self, step: int, what: str, site: str) -> NonFiniteLossError:
+        # Of several processes, the one that met the overflow knows its site.
+        sites = processes.gather(site)
+        site = next((s for s in sites if s.startswith("site ")), site)
         good = "no checkpoint had been written"
         if self.run is not None and self.run.last.exists():
             good = f"the last good checkpoint is {self.run.last} (epoch {self.state.epoch})"
@@ -146,7 +162,7 @@ class Loop:
         state = self.state
         state.epoch += 1
         state.step_in_epoch = 0
-        train_loss = state.loss_sum / len(self.data.train)
+        train_loss = state.loss_sum / (len(self.data.train) - self._left_out)
         state.loss_sum = 0.0
         if isinstance(self.engine, CompiledSVI):
             self.engine.total.zero_()
@@ -169,15 +185,16 @@ class Loop:
                 self.state.best_epoch = self.state.epoch
                 self.best = copy_weights(self.vae)
                 if self.run is not None:
-                    save_checkpoint(self.run.best, self._checkpoint())
+                    self._save(self.run.best)
         return terms
 
     def _validate(self, seed: int) -> Metrics:
         """ELBO, rate and distortion of the validation split with one particle and fixed noise."""
         vae, x = self.vae, self._valid
         batch = importance.plan(vae.model, vae.guide, x[:1].to(self.device), 1).images
+        batch = min(processes.gather(batch))
         rate = distortion = 0.0
-        for start in range(0, len(x), batch):
+        for start in processes.share(list(range(0, len(x), batch))):
             part = x[start : start + batch].to(self.device)
             for terms in importance.chunks(
                 vae.model, vae.guide, part, 1, chunk=1, seed=mix(seed, "valid"), first_image=start
@@ -185,6 +202,9 @@ class Loop:
                 rate += float((terms.log_posterior - terms.log_prior).double().sum())
                 distortion -= float(terms.log_likelihood.double().sum())
         n = len(x)
+        if processes.count() > 1:
+            both = torch.tensor([rate, distortion], dtype=torch.float64, device=self.device)
+            rate, distortion = processes.add(both).tolist()
         return {
             "valid_elbo": -(rate + distortion) / n,
             "valid_rate": rate / n,
@@ -212,18 +232,32 @@ class Loop:
             "ema": self.ema,
             "optimizer": self.optimizer.state_dict(),
             "state": asdict(self.state),
+            **self._streams(),
+            "others": processes.gather(self._streams())[1:],
+        }
+
+    def _streams(self) -> dict[str, Any]:
+        """The random streams of this process."""
+        cuda = self.device.type == "cuda"
+        compiled = isinstance(self.engine, CompiledSVI)
+        return {
             "data_stream": self.generator.get_state(),
             "torch_stream": torch.get_rng_state(),
-            "cuda_stream": torch.cuda.get_rng_state(self.device)
-            if self.device.type == "cuda"
-            else None,
+            "cuda_stream": torch.cuda.get_rng_state(self.device) if cuda else None,
+            "engine_stream": self.engine.generator.get_state() if compiled else None,
         }
 
     def save_last(self) -> None:
         """Write the checkpoint that a run resumes from."""
         self.wait()
         if self.run is not None:
-            save_checkpoint(self.run.last, self._checkpoint())
+            self._save(self.run.last)
+
+    def _save(self, path: Path) -> None:
+        checkpoint = self._checkpoint()  # by all processes: each has its random streams
+        if processes.is_first():
+            save_checkpoint(path, checkpoint)
+        processes.wait()
 
     def restore(self, seed: int, batch_size: int) -> None:
         """Take up the run's last checkpoint: weights, optimiser, averages and random streams."""
@@ -247,16 +281,28 @@ class Loop:
         engine = saved.get("engine")
         if isinstance(self.engine, CompiledSVI) != (engine is not None):
             raise InputError(f"{self.run.last} was trained with another --engine; resume with that")
+        streams = self._own_streams(saved)
         if isinstance(self.engine, CompiledSVI) and engine is not None:
-            self.engine.restore(engine)
+            if streams is not saved and streams is not None:
+                engine = {**engine, "stream": streams["engine_stream"]}
+            self.engine.restore(engine if streams is not None else {**engine, "device": "other"})
             self.engine.total.fill_(self.state.loss_sum)
         if self.run.best.exists():
             best = load_checkpoint(self.run.best, self.device)
             self.best = best["model"]
-        self._resumed_stream = saved["data_stream"]
-        torch.set_rng_state(saved["torch_stream"])
-        if saved["cuda_stream"] is not None and self.device.type == "cuda":
-            torch.cuda.set_rng_state(saved["cuda_stream"], self.device)
+        if streams is None:
+            return
+        self._resumed_stream = streams["data_stream"]
+        torch.set_rng_state(streams["torch_stream"])
+        if streams["cuda_stream"] is not None and self.device.type == "cuda":
+            torch.cuda.set_rng_state(streams["cuda_stream"], self.device)
+
+    def _own_streams(self, saved: dict[str, Any]) -> dict[str, Any] | None:
+        """This process's random streams; None where the run had fewer processes."""
+        if processes.is_first():
+            return saved
+        others = saved.get("others", [])
+        return others[processes.rank() - 1] if processes.rank() <= len(others) else None
 
     def load_best(self) -> None:
         """Leave the best weights in the VAE."""
@@ -297,8 +343,13 @@ def scoped_globals(device: torch.device, seed: int) -> Iterator[None]:
     ):
         # Pyro warns of a NaN; here it becomes an error that says where.
         warnings.filterwarnings("ignore", message="Encountered NaN")
-        torch.manual_seed(mix(seed, "draws"))
+        torch.manual_seed(mix(seed, "draws", *own_part()))
         yield
+
+
+def own_part() -> tuple[int, ...]:
+    """What tells the streams of this process from those of the first, which has nothing."""
+    return () if processes.is_first() else (processes.rank(),)
 
 
 def mix(seed: int, *parts: object) -> int:

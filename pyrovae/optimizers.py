@@ -1,7 +1,7 @@
 """One torch optimiser over all parameters, in the form that `pyro.infer.SVI` expects."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -61,6 +61,8 @@ class WholeModelOptimizer(PyroOptim):
         )
         self.clip_norm = clip_norm
         self.images = 1
+        self.reduce: Callable[[Tensor], object] | None = None
+        """Sums a flat gradient over all processes, in place; None: there is only this one."""
         self._applied = True
 
     def begin(self, lr: float, images: int) -> None:
@@ -77,6 +79,8 @@ class WholeModelOptimizer(PyroOptim):
         grads = [p.grad for p in with_grad if p.grad is not None]
         if not grads:
             raise InputError("no parameter received a gradient: does the program use the module?")
+        if self.reduce is not None:
+            _reduce(self.reduce, grads)
         torch._foreach_div_(grads, float(self.images))
         norm = torch.nn.utils.get_total_norm(grads)
         if not torch.isfinite(norm):
@@ -101,6 +105,13 @@ class WholeModelOptimizer(PyroOptim):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a saved state."""
         self.optimizer.load_state_dict(state)
+
+
+def _reduce(reduce: Callable[[Tensor], object], grads: list[Tensor]) -> None:
+    flat = torch.cat([g.reshape(-1) for g in grads])
+    reduce(flat)
+    for g, total in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
+        g.copy_(total.view_as(g))
 
 
 def slots(optimizer: torch.optim.Optimizer, p: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,15 +11,18 @@ from typing import Any, NamedTuple
 import torch
 from pyro.infer import ELBO, SVI
 
-from pyrovae import acceleration, objectives
+from pyrovae import acceleration, objectives, processes
 from pyrovae.acceleration import CompiledSVI
 from pyrovae.data import Data
 from pyrovae.errors import InputError
 from pyrovae.importance import Program, Programs
-from pyrovae.loop import Loop, Metrics, State, copy_weights, mix, scoped_globals
+from pyrovae.loop import Loop, Metrics, State, copy_weights, mix, own_part, scoped_globals
 from pyrovae.optimizers import WholeModelOptimizer, learning_rate
 from pyrovae.runs import Run, load_checkpoint
 from pyrovae.tracing import NotTraceableError
+
+# Steps between two questions of several processes whether to stop.
+_ASKED_EVERY = 20
 
 
 class History(NamedTuple):
@@ -119,7 +122,7 @@ def fit(
     """
     objective = objective if objective is not None else objectives.elbo()
     _check_settings(locals())
-    device = resolve_device(device)
+    device = processes.local_device(resolve_device(device))
     run = run if isinstance(run, Run) or run is None else Run(run)
     if resume and run is None:
         raise InputError("resume=True needs run=, the directory to resume from")
@@ -137,6 +140,8 @@ def fit(
         betas=(adam_betas[0], adam_betas[1]),
         eps=adam_eps,
     )
+    if processes.count() > 1:
+        loop.optimizer.reduce = processes.add
     loop.ema = copy_weights(vae) if ema is not None else None
     loop.decay = ema or 0.0
     loop.precision = precision
@@ -167,7 +172,7 @@ def fit(
             (model, guide, objective),
             weight=weight,
             precision=precision,
-            seed=mix(seed, "engine"),
+            seed=mix(seed, "engine", *own_part()),
             batch_size=batch_size,
         )
         if say is not None:
@@ -175,8 +180,12 @@ def fit(
         if resume and run is not None:
             loop.restore(seed, batch_size)
             check_continuable(loop.state.epoch, loop.state.best_epoch, epochs, validate_every)
-            run.keep_metrics_through(loop.state.epoch)
+            if processes.is_first():
+                run.keep_metrics_through(loop.state.epoch)
+            processes.wait()
             metrics_log = run.read_metrics()
+        if not processes.is_first():
+            progress = False
         bar = scope.enter_context(_progress_bar(epochs, steps_per_epoch, loop.state, progress))
         state = loop.state
         while state.epoch < epochs:
@@ -190,7 +199,7 @@ def fit(
                 weight.set(beta * _warmup(state.step, kl_warmup * steps_per_epoch))
                 loop.step(index)
                 bar.update(1)
-                if should_stop is not None and should_stop():
+                if _asked_to_stop(should_stop, state.step):
                     stopped = "interrupted"
                     break
             state.seconds += time.perf_counter() - started
@@ -201,7 +210,7 @@ def fit(
             metrics = loop.end_epoch(seed, last or (state.epoch + 1) % validate_every == 0)
             metrics |= {"lr": rate(state.step - 1), "kl_weight": float(weight.value)}
             metrics_log.append(metrics)
-            if run is not None:
+            if run is not None and processes.is_first():
                 run.append_metrics(metrics)
             if "valid_elbo" in metrics:
                 bar.set_postfix_str(f"valid ELBO {metrics['valid_elbo']:.2f}")
@@ -210,6 +219,15 @@ def fit(
     if stopped != "interrupted":
         loop.load_best()
     return History(metrics_log, state.best_epoch, state.best_elbo, stopped)
+
+
+def _asked_to_stop(should_stop: Callable[[], bool] | None, step: int) -> bool:
+    if should_stop is None:
+        return False
+    if processes.count() == 1:
+        return should_stop()
+    # All must stop at the same step; to ask each other costs time, so not at each.
+    return step % _ASKED_EVERY == 0 and any(processes.gather(should_stop()))
 
 
 def _engine(
@@ -240,6 +258,7 @@ def _engine(
         weight=weight,
         average=None if loop.ema is None else (loop.ema, loop.decay),
         mode=chosen,
+        reduce=processes.add if processes.count() > 1 else None,
         precision=precision,
         seed=seed,
     )

@@ -15,10 +15,13 @@ from torch import nn
 
 from pyrovae import acceleration, objectives
 from pyrovae import config as cfg
-from pyrovae.acceleration import CompiledSVI, choose, networks_in
+from pyrovae.acceleration import CompiledSVI, CompiledTerms, choose, networks_in
 from pyrovae.errors import InputError, NonFiniteLossError
+from pyrovae.evaluation import evaluate
+from pyrovae.importance import chunks
 from pyrovae.objectives import KLWeight
 from pyrovae.optimizers import WholeModelOptimizer
+from pyrovae.proposals import Proposal
 from pyrovae.tracing import Draws, NotTraceableError, Traced, trace
 from pyrovae.training import fit
 
@@ -574,3 +577,65 @@ def test_bits_dequantise_within_the_level():
     n = len(u)
     assert abs(float(u.mean()) - 0.5) < 5 / math.sqrt(12 * n)
     assert abs(float((u**2).mean()) - 1 / 3) < 5 * math.sqrt(4 / 45 / n)
+
+
+# The evaluator
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("posterior", ["mean-field", "full-rank", "flow"])
+def test_compiled_terms_are_those_of_the_programs(posterior, compiled):
+    vae, data = tiny_vae(posterior=posterior, prior="vamp", prior_args={"components": 3})
+    x = data.test.tensor()
+    kernel = CompiledTerms(vae.model, vae.guide, vae, x, 7, compiled=compiled)
+    with torch.no_grad():  # weights are read anew, not remembered
+        for p in vae.parameters():
+            p.add_(0.1)
+    options = {"chunk": 7, "seed": 3, "first_image": 5}
+    ours = list(chunks(vae.model, vae.guide, x, 17, kernel=kernel, **options))
+    theirs = list(chunks(vae.model, vae.guide, x, 17, **options))
+    assert [len(t.log_prior) for t in ours] == [7, 7, 3]  # the last is not the kernel's
+    for a, b in zip(ours, theirs, strict=True):
+        for mine, truth in zip(a[:3], b[:3], strict=True):
+            assert torch.allclose(mine, truth, rtol=1e-5, atol=1e-4)
+        assert a.latents.keys() == b.latents.keys()
+        assert torch.allclose(a.latents["z"], b.latents["z"], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(not acceleration.has_compiler(), reason="needs a C++ compiler")
+def test_a_compiled_evaluation_gives_the_same_numbers():
+    vae, data = tiny_vae()
+    a = evaluate(vae, data.test, 100, engine="eager")
+    b = evaluate(vae, data.test, 100, engine="compiled")
+    for name in ("log_likelihood", "elbo", "rate", "distortion", "ess_median"):
+        assert getattr(a, name) == pytest.approx(getattr(b, name), rel=1e-5), name
+
+
+def test_an_evaluation_compiles_where_that_is_repaid(monkeypatch):
+    vae, data = tiny_vae()
+    x = data.test.tensor()
+    made = []
+    monkeypatch.setattr(acceleration, "CompiledTerms", lambda *args: made.append(args) or None)
+    few, many = acceleration.REPAID_AFTER_CHUNKS - 1, acceleration.REPAID_AFTER_CHUNKS
+    for engine, chunks_, expected in (("auto", few, 0), ("auto", many, 1), ("eager", many, 1)):
+        acceleration.terms_kernel(engine, vae, x, 64, chunks_)
+        assert len(made) == expected * acceleration.has_compiler()
+    acceleration.terms_kernel("auto", vae, x, 64, many, Proposal("wide"))
+    assert len(made) == acceleration.has_compiler()
+
+
+def test_an_evaluation_refuses_what_it_cannot_compile():
+    vae, data = tiny_vae()
+    x = data.test.tensor()
+    with pytest.raises(InputError, match="--engine expects one of auto, eager, compiled"):
+        acceleration.terms_kernel("svi", vae, x, 64, 1)
+    with pytest.raises(InputError, match="leave --proposal out"):
+        acceleration.terms_kernel("compiled", vae, x, 64, 1, Proposal("wide"))
+
+
+def test_a_decoder_that_remembers_is_not_compiled(monkeypatch):
+    vae, data = tiny_vae()
+    inner, calls = vae.decoder.forward, []
+    vae.decoder.forward = lambda z: calls.append(0) or inner(z) + len(calls)
+    with pytest.raises(NotTraceableError, match="differs from Pyro's"):
+        CompiledTerms(vae.model, vae.guide, vae, data.test.tensor(), 5, compiled=False)

@@ -2,7 +2,7 @@
 
 import argparse
 
-from pyrovae import comparison, export, quadrature
+from pyrovae import comparison, export, processes, quadrature
 from pyrovae import config as cfg
 from pyrovae.cli import settings
 from pyrovae.commands.info import count
@@ -21,7 +21,13 @@ def evaluate(args: argparse.Namespace) -> int:
     config = cfg.resolve_evaluation(given)
     proposal = Proposal(config.proposal, config.proposal_scale)
     _check_export(args.export, config, given)
-    device = resolve_device(config.device)
+    with processes.joined(config.device):
+        args.quiet = args.quiet or not processes.is_first()
+        return _evaluate(args, config, proposal)
+
+
+def _evaluate(args: argparse.Namespace, config: EvaluateConfig, proposal: Proposal) -> int:
+    device = processes.local_device(resolve_device(config.device))
     run = Run(args.run)
     vae = cfg.load(run, device=str(device))
     split = comparison.run_split(
@@ -34,7 +40,8 @@ def evaluate(args: argparse.Namespace) -> int:
 
         if config.method == "quadrature":
             truth = quadrature.evaluate(vae, split, tolerance=config.tolerance, progress=told)
-            show(truth.to_dict() if args.json else str(truth))
+            if processes.is_first():
+                show(truth.to_dict() if args.json else str(truth))
             return 0
         result = run_evaluation(
             vae,
@@ -46,6 +53,8 @@ def evaluate(args: argparse.Namespace) -> int:
             engine=config.engine,
             progress=told,
         )
+    if not processes.is_first():
+        return 0
     if proposal.kind == "guide":
         comparison.keep(run, result, limit=config.limit, parameters=count(vae))
     show(result.to_dict() if args.json else str(result))

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from pyrovae import comparison, data, objectives, plots, runs, tracking
+from pyrovae import comparison, data, objectives, plots, processes, runs, tracking
 from pyrovae import config as cfg
 from pyrovae.cli import settings
 from pyrovae.commands.dry_run import dry_run
@@ -28,6 +28,12 @@ from pyrovae.vae import VAE
 def train(args: argparse.Namespace) -> int:
     """``pyrovae train``: check everything, then train, evaluate and draw pictures."""
     given = settings(args, cfg.TrainConfig)
+    with processes.joined(given.get("device", "auto")):
+        args.quiet = args.quiet or not processes.is_first()
+        return _train(args, given)
+
+
+def _train(args: argparse.Namespace, given: dict[str, Any]) -> int:
     if args.out == "":
         raise InputError("--out expects a directory, got an empty name; leave it out for runs/...")
     if args.resume and args.overwrite:
@@ -38,7 +44,7 @@ def train(args: argparse.Namespace) -> int:
         config = cfg.resolve(cfg.make(cfg.TrainConfig, cfg.with_preset(given)))
         run = Run(args.out or cfg.default_out(config))
         _check_free(run, args.overwrite)
-    device = resolve_device(config.device)
+    device = processes.local_device(resolve_device(config.device))
     dataset = cfg.load_data(config)
     vae = cfg.build(config, dataset)
     check_data(vae.likelihood, dataset)
@@ -48,14 +54,17 @@ def train(args: argparse.Namespace) -> int:
         cfg.check_same_data(run, dataset)
     if args.dry_run:
         return dry_run(config, dataset, vae, device, _fit_settings(config))
-    if args.resume:
+    processes.wait()  # all have looked at what is there; now it may change
+    if args.resume and processes.is_first():
         run.write_json("config.json", dataclasses.asdict(config))
-    else:
+    elif processes.is_first():
         _start(run, config, dataset, device)
+    processes.wait()
 
     say(f"data      {dataset.protocol}", args.quiet)
     say(f"model     {describe(config, vae)}", args.quiet)
-    say(f"run       {run.path} on {device}", args.quiet)
+    several = f", {processes.count()} processes" if processes.count() > 1 else ""
+    say(f"run       {run.path} on {device}{several}", args.quiet)
     with _interrupts() as interrupts, _tracker(config, run, vae, dataset, args.resume) as tracker:
         history = fit(
             vae,
@@ -72,18 +81,23 @@ def train(args: argparse.Namespace) -> int:
             **_fit_settings(config),
         )
         # The weights may be others now, and the number of a run must be that of its weights.
-        (run.path / "evaluation.json").unlink(missing_ok=True)
+        if processes.is_first():
+            (run.path / "evaluation.json").unlink(missing_ok=True)
         if history.stopped == "interrupted":
-            say(f"stopped; all is saved. Continue: pyrovae train --out {quoted(run.path)} --resume")
+            again = f"pyrovae train --out {quoted(run.path)} --resume"
+            say(f"stopped; all is saved. Continue: {again}", not processes.is_first())
             return 128 + interrupts.signal
         interrupts.immediate = True
         if history.stopped == "patience":
             say(f"stopped early: no better validation ELBO in {config.patience} epochs", args.quiet)
         best = f"epoch {history.best_epoch}, validation ELBO {history.best_elbo:.3f}"
         say(f"best      {best}", args.quiet)
-        _draw_pictures(run, vae, dataset, history.metrics)
+        if processes.is_first():
+            _draw_pictures(run, vae, dataset, history.metrics)
+        result = None
         if config.final_particles:
             result = run_evaluation(vae, dataset.test, config.final_particles)
+        if result is not None and processes.is_first():
             run.write_json("evaluation.json", result.to_dict())
             comparison.keep(run, result, limit=None, parameters=count(vae))
             show(str(result))
@@ -123,7 +137,7 @@ def _fit_settings(config: cfg.TrainConfig) -> dict[str, Any]:
 def _tracker(
     config: cfg.TrainConfig, run: Run, vae: VAE, dataset: data.Data, resume: bool
 ) -> Iterator[Callable[[dict[str, Any]], None] | None]:
-    if config.log is None:
+    if config.log is None or not processes.is_first():
         yield None
         return
     done = runs.load_checkpoint(run.last)["state"]["epoch"] if resume else 0

@@ -1,0 +1,108 @@
+"""One run in several processes, started by ``torchrun``: who am I, and sums over everybody.
+
+Without torchrun there is one process, and every function here says so and does nothing.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pyrovae.errors import InputError, ProcessLostError
+
+T = TypeVar("T")
+
+
+def rank() -> int:
+    """The number of this process, from 0."""
+    return dist.get_rank() if _running() else 0
+
+
+def count() -> int:
+    """How many processes there are."""
+    return dist.get_world_size() if _running() else 1
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes files and speaks."""
+    return rank() == 0
+
+
+def local_device(device: torch.device) -> torch.device:
+    """The device of this process: with several and CUDA, one device each."""
+    if count() > 1 and device.type == "cuda" and device.index is None:
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return device
+
+
+@contextmanager
+def joined(device: str = "auto") -> Iterator[None]:
+    """Join the other processes, where ``torchrun`` has started this one as one of several.
+
+    Raises:
+        InputError: where CUDA devices are asked for, and there are fewer than processes.
+    """
+    expected = int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+    if expected == 1 or _running():
+        yield
+        return
+    cuda = torch.cuda.is_available() and device != "cpu"
+    if cuda:
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        if local >= torch.cuda.device_count():
+            raise InputError(
+                f"{expected} processes were started on {torch.cuda.device_count()} CUDA devices; "
+                "use --nproc-per-node with that number, or --device cpu"
+            )
+        torch.cuda.set_device(local)
+    dist.init_process_group("nccl" if cuda else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def add(values: Tensor) -> Tensor:
+    """Sum a tensor over all processes, in place; returns it."""
+    if count() > 1:
+        _guarded(lambda: dist.all_reduce(values))
+    return values
+
+
+def gather(value: T) -> list[T]:
+    """The values of all processes, in their order."""
+    if count() == 1:
+        return [value]
+    found: list[Any] = [None] * count()
+    _guarded(lambda: dist.all_gather_object(found, value))
+    return found
+
+
+def share(values: list[T]) -> list[T]:
+    """This process's share of a list: every n-th of it."""
+    return values[rank() :: count()]
+
+
+def wait() -> None:
+    """Wait until all processes are here."""
+    if count() > 1:
+        _guarded(dist.barrier)
+
+
+def _running() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def _guarded(call: Callable[[], Any]) -> None:
+    try:
+        call()
+    except RuntimeError as error:
+        reason = str(error).strip().split("\n")[0][:120]
+        raise ProcessLostError(
+            f"process {rank()} of {count()} lost the others ({reason}); what was saved is good: "
+            "start the same command again with --resume"
+        ) from None

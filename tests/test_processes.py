@@ -1,0 +1,196 @@
+"""One run in several processes: the same numbers, one writer, and a job that ends when one dies."""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from tiny import tiny_config, tiny_data
+
+from pyrovae import config as cfg
+from pyrovae import objectives, processes
+from pyrovae.acceleration import CompiledSVI
+from pyrovae.errors import InputError
+from pyrovae.evaluation import evaluate
+from pyrovae.optimizers import WholeModelOptimizer
+from pyrovae.runs import Run, load_checkpoint
+
+TRAIN = shlex.split(
+    "train --data digits --hidden 16 --latent-dim 2 --batch-size 64 --lr 1e-2 --device cpu "
+    "--final-particles 0"
+)
+
+
+def launch(arguments, count=2, **options):
+    """``torchrun --nproc-per-node count -m pyrovae ...``, as a started process."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = [*torchrun, "--nproc-per-node", str(count), "-m", "pyrovae", *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.Popen(
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+def finish(process, timeout=120):
+    out, err = process.communicate(timeout=timeout)
+    return process.returncode, out, err
+
+
+def alone(arguments):
+    from pyrovae.cli import main
+
+    assert main([*map(str, arguments), "--quiet"]) == 0
+
+
+def test_one_process_needs_no_ceremony():
+    assert processes.count() == 1 and processes.rank() == 0 and processes.is_first()
+    assert processes.gather("a") == ["a"]
+    assert processes.share([1, 2, 3]) == [1, 2, 3]
+    assert torch.equal(processes.add(torch.ones(2)), torch.ones(2))
+    with processes.joined():
+        assert processes.count() == 1
+
+
+def test_more_processes_than_devices_is_one_line(monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(InputError, match="2 processes were started on 1 CUDA"), processes.joined():
+        pass
+
+
+def steps(reduce, images, factor=1):
+    """Parameters and losses of five steps, with the gradient summed by ``reduce``."""
+    config = tiny_config()
+    data = tiny_data(config)
+    vae = cfg.build(config, data)
+    optim = WholeModelOptimizer(vae.named_parameters(), clip_norm=1.0)
+    svi = CompiledSVI(
+        vae.model,
+        vae.guide,
+        optim,
+        objectives.elbo(),
+        module=vae,
+        split=data.train,
+        mode="traced",
+        reduce=reduce,
+    )
+    losses = []
+    for i in range(5):
+        optim.begin(1e-2, 6)
+        losses.append(float(svi.step(torch.arange(i, i + 6), images)))
+    return losses, vae.state_dict()
+
+
+def test_a_summed_step_is_the_step_of_the_whole_batch():
+    """Two processes with equal shares move as one: sum of gradients over sum of images."""
+    losses, weights = steps(None, None)
+    for count in (1, 2):
+        doubled, moved = steps(lambda flat, n=count: flat.mul_(n), 6 * count)
+        assert doubled == pytest.approx([count * loss for loss in losses], rel=1e-5)
+        for name, t in weights.items():
+            assert torch.allclose(moved[name], t, rtol=1e-5, atol=1e-6), name
+
+
+def test_the_stock_engine_sums_its_gradient_too():
+    config = tiny_config()
+    data = tiny_data(config)
+    grads = []
+    for count in (1, 3):
+        vae = cfg.build(config, data)
+        optim = WholeModelOptimizer(vae.named_parameters())
+        if count > 1:
+            optim.reduce = lambda flat: flat.mul_(3)
+        for i, p in enumerate(vae.parameters()):
+            p.grad = torch.full_like(p, float(i + 1))
+        optim.begin(1e-3, 8 * count)
+        optim(vae.parameters())
+        grads.append([p.grad for p in vae.parameters()])
+    for a, b in zip(*grads, strict=True):
+        assert torch.allclose(a, b)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run of two processes, and one of a single process."""
+    folder = tmp_path_factory.mktemp("processes")
+    status, _, err = finish(launch([*TRAIN, "--epochs", 12, "--out", folder / "two"]))
+    assert status == 0, err
+    alone([*TRAIN, "--epochs", 12, "--out", folder / "one"])
+    return folder, err
+
+
+def test_two_processes_learn_as_one_does(trained):
+    folder, err = trained
+    one, two = (Run(folder / name).read_metrics() for name in ("one", "two"))
+    assert [m["step"] for m in one] == [m["step"] for m in two]
+    assert len((folder / "two" / "metrics.jsonl").read_text().splitlines()) == 12  # one writer
+    assert err.count("engine    ") == 1 and "2 processes" in err
+    for a, b in zip(one, two, strict=True):
+        # Another noise moves an epoch's mean by about a tenth of a nat.
+        assert a["valid_elbo"] == pytest.approx(b["valid_elbo"], abs=0.4)
+        assert a["train_loss"] == pytest.approx(b["train_loss"], abs=0.4)
+    # Both learnt: the tolerance is far below what was gained.
+    assert one[-1]["valid_elbo"] > one[0]["valid_elbo"] + 1
+
+
+def test_shards_of_an_evaluation_give_the_numbers_of_one_process(trained):
+    folder, _ = trained
+    arguments = ["evaluate", folder / "two", "--num-particles", 50, "--json", "--device", "cpu"]
+    status, out, err = finish(launch(arguments))
+    assert status == 0, err
+    sharded = json.loads(out)  # printed once
+    test = cfg.data_of(Run(folder / "two")).test
+    single = evaluate(cfg.load(folder / "two"), test, 50).to_dict()
+    for name in ("log_likelihood", "elbo", "rate", "distortion", "psis_log_likelihood"):
+        assert sharded[name] == pytest.approx(single[name], abs=1e-4), name
+
+
+@pytest.mark.slow
+def test_resuming_several_processes_is_exact(trained):
+    folder, _ = trained
+    for epochs, more in ((3, []), (12, ["--resume"])):
+        command = [*TRAIN, "--epochs", epochs, "--out", folder / "parts", *more]
+        status, _, err = finish(launch(command))
+        assert status == 0, err
+    whole, parts = (load_checkpoint(folder / n / "checkpoints/last.pt") for n in ("two", "parts"))
+    for name, t in whole["model"].items():
+        assert torch.equal(t, parts["model"][name]), name
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_ends_the_job_and_the_run_resumes(tmp_path):
+    out = tmp_path / "run"
+    process = launch([*TRAIN, "--epochs", 5000, "--out", out], start_new_session=True)
+    try:
+        deadline = time.monotonic() + 120
+        while not (out / "checkpoints/last.pt").exists():
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.2)
+        found = subprocess.run(
+            ["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True
+        )
+        victim = int(found.stdout.split()[-1])
+        os.kill(victim, signal.SIGKILL)
+        status, _, err = finish(process)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert status != 0
+    assert "pyrovae: process" in err and "--resume" in err
+    done = load_checkpoint(out / "checkpoints/last.pt")["state"]["epoch"]
+    status, _, err = finish(launch([*TRAIN, "--epochs", done + 1, "--out", out, "--resume"]))
+    assert status == 0, err
+    assert Run(out).read_metrics()[-1]["epoch"] == done + 1

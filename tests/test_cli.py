@@ -18,6 +18,7 @@ from shell import GREY, PICTURES, RECORDS, TINY, Done, drawn, greys, names, ok, 
 
 import pyrovae
 from pyrovae import (
+    acceleration,
     annealing,
     data,
     hierarchical,
@@ -229,7 +230,8 @@ def test_a_run_stopped_within_an_epoch_goes_on_exactly(
 
 @pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_real_process_stops_and_is_resumed(signum: int, status: int, here: Path) -> None:
-    command = f"-m pyrovae {TINY} --out real --epochs 100000 --device cpu"
+    # What "auto" means depends on how many steps are planned: here, far more than are taken.
+    command = f"-m pyrovae {TINY} --out real --epochs 100000 --device cpu --engine svi"
     process = subprocess.Popen(
         [sys.executable, *shlex.split(command)],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
@@ -339,6 +341,9 @@ REGISTRIES: dict[str, Any] = {
     "proposal": proposals.KINDS,
     "start": annealing.STARTS,
     "step_sizes": annealing.STEP_SIZES,
+    "engine": acceleration.ENGINES,
+    "evaluator": acceleration.EVALUATORS,
+    "precision": acceleration.PRECISIONS,
 }
 
 

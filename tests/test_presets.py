@@ -1,6 +1,8 @@
 """Presets: what they hold, that flags override them, and what a run stores."""
 
+import dataclasses
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from shell import shell
 from pyrovae import cli
 from pyrovae import config as cfg
 from pyrovae.presets import PRESETS
+from pyrovae.report import train_flags
 
 QUICK = "--data digits --valid-size 100 --hidden 8 --epochs 2 --final-particles 0 --quiet"
 
@@ -92,3 +95,10 @@ def test_info_lists_them() -> None:
     lines = done.out.splitlines()
     assert [line.split()[0] for line in lines] == list(PRESETS)
     assert "--adam-betas 0.99 0.999" in lines[0]
+
+
+def test_the_flags_of_a_report_need_no_preset() -> None:
+    config = resolved("--preset iwae --adam-eps 1e-8 --schedule constant")  # which are the defaults
+    args = cli.parse(["train", *shlex.split(train_flags(config))])
+    again = cfg.resolve(cfg.make(cfg.TrainConfig, cli.settings(args, cfg.TrainConfig)))
+    assert dataclasses.replace(config, preset=None) == again

@@ -75,6 +75,17 @@ def test_command_is_understood(argv: list[str]) -> None:
         cfg.resolve(checked)
 
 
+def test_torchrun_is_given_commands_that_are_understood() -> None:
+    """tests/test_processes.py runs such commands, in two processes."""
+    lines = [line for block in blocks("bash") for line in block.text.splitlines()]
+    shared = [shlex.split(line) for line in lines if line.startswith("torchrun ")]
+    assert [argv[:5] for argv in shared] == 2 * [
+        ["torchrun", "--nproc-per-node", "2", "-m", "pyrovae"]
+    ]
+    for argv in shared:
+        cli.parse(argv[5:])
+
+
 def test_every_command_is_shown() -> None:
     assert {argv[0] for argv in commands()} - {"--version"} == set(COMMANDS)
 

@@ -118,12 +118,15 @@ def stack(
     else:
         encoders = [of_x(), *(of_z(size, widths) for size in sizes[:-1])]
     posteriors = [posterior(net, size) for net, size in zip(encoders, sizes, strict=True)]
+    conditionals = [
+        MeanField(of_z(above, widths), size)
+        for above, size in zip(sizes[1:], sizes[:-1], strict=True)
+    ]
+    for part in (*conditionals, *posteriors):
+        _start_near_normal(part)
     return HierarchicalVAE(
         prior=prior if isinstance(prior, Prior) else prior(posteriors[-1]),
-        conditionals=[
-            MeanField(of_z(above, widths), size)
-            for above, size in zip(sizes[1:], sizes[:-1], strict=True)
-        ],
+        conditionals=conditionals,
         posteriors=posteriors,
         decoder=pair.decoder(
             sum(sizes) if top_down else sizes[0], likelihood.params_shape, hidden, activation
@@ -131,3 +134,15 @@ def stack(
         likelihood=likelihood,
         structure=layers.structure,
     )
+
+
+def _start_near_normal(part: Posterior) -> None:
+    """Shrink the last layer, so that a fresh layer of latents is nearly standard normal.
+
+    Each layer's KL is between two networks' outputs: where both start wide apart in scale, the
+    first bound is thousands of nats low.
+    """
+    head = getattr(part, "head", None)
+    if isinstance(head, nn.Linear):
+        with torch.no_grad():
+            head.weight *= networks.SMALL_GAIN

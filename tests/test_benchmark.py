@@ -1,0 +1,197 @@
+"""The benchmark compares like with like, says so when it does not, and writes what it found."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+sys.path.insert(0, str(SCRIPTS))
+
+from bench import measure, tables  # noqa: E402
+from bench.measure import Falls, MissingError, Spread  # noqa: E402
+
+
+class Learner:
+    """A made-up contestant whose loss falls from 100 by a fixed share a step."""
+
+    def __init__(self, share: float = 0.02):
+        self.loss, self.share = 100.0, share
+
+    def run(self, steps: int) -> float:
+        total = 0.0
+        for _ in range(steps):
+            total += self.loss
+            self.loss *= 1 - self.share
+        return total / steps
+
+
+def race(**others: Learner) -> measure.Table:
+    def absent() -> Learner:
+        raise MissingError("not installed; pip install it")
+
+    makers = {"stock": Learner, "ours": Learner, "absent": absent}
+    makers |= {name: lambda one=one: one for name, one in others.items()}
+    return measure.race(
+        "a race",
+        makers,
+        steps=3,
+        rounds=3,
+        check_steps=40,
+        references=("stock", "absent"),
+    )
+
+
+def test_quartiles() -> None:
+    assert measure.spread([3.0]) == Spread(3.0, 3.0, 3.0)
+    assert measure.spread([1.0, 2.0, 3.0, 4.0, 5.0]) == Spread(2.0, 3.0, 4.0)
+
+
+def test_contestants_take_turns_from_another_one_each_round() -> None:
+    order: list[str] = []
+    calls = {name: (lambda name=name: order.append(name)) for name in "abc"}
+    seconds = measure.interleave(calls, 3)
+    assert "".join(order) == "abcbcacab"
+    assert {name: len(each) for name, each in seconds.items()} == {"a": 3, "b": 3, "c": 3}
+
+
+def test_a_ratio_is_taken_within_each_round() -> None:
+    # The machine is slower in each round than in the one before; twice as fast is twice as fast.
+    seconds = {"stock": [2.0, 6.0, 20.0], "ours": [1.0, 3.0, 40.0]}
+    assert measure.faster(seconds, "ours", "stock") == Spread(1.25, 2.0, 2.0)
+    assert measure.faster(seconds, "ours", "nobody") is None
+
+
+def test_a_race_between_equals() -> None:
+    rows = {row["name"]: row for row in race()["rows"]}
+    assert rows["absent"] == {"name": "absent", "missing": "not installed; pip install it"}
+    for name in ("stock", "ours"):
+        assert rows[name]["agrees"]
+        assert rows[name]["first"] == 100.0 > rows[name]["last"]
+        assert rows[name]["faster"]["stock"]["median"] > 0
+        assert rows[name]["faster"]["absent"] is None
+    assert tables.faults({"a": {"tables": [race()]}}) == []
+
+
+@pytest.mark.parametrize(
+    "wrong", [Learner(0.0), Learner(0.03), Learner(-0.001)], ids=["still", "other", "rising"]
+)
+def test_who_learns_otherwise_is_named(wrong: Learner) -> None:
+    table = race(wrong=wrong)
+    assert tables.faults({"a": {"tables": [table]}}) == ["part a, a race: wrong"]
+
+
+def test_who_starts_elsewhere_is_named() -> None:
+    losses = {"a": Falls(100, 50), "b": Falls(101, 51), "c": Falls(70, 50)}
+    found = measure.check_losses(losses)
+    assert [found[name].agrees for name in "abc"] == [True, True, False]
+
+
+def test_a_loss_that_all_agree_on_must_still_fall() -> None:
+    found = measure.check_losses({"a": Falls(100, 100), "b": Falls(100, 100)})
+    assert not any(fall.agrees for fall in found.values())
+
+
+def part(**changes: object) -> dict:
+    about = {"gpu": None, "cpu": "a CPU", "threads": 2, "date": "2026-01-02", "smoke": False}
+    about |= {"versions": {"torch": "2.0"}, "command": "python it", "tables": [race()]}
+    return about | changes
+
+
+def test_parts_are_merged_and_each_keeps_its_own_date(tmp_path: Path) -> None:
+    path = tmp_path / "cpu.json"
+    tables.merge(path, "cpu", {"b": part(date="2026-01-01"), "a": part()})
+    tables.merge(path, "cpu", {"a": part(date="2026-03-04")})
+    found = json.loads(path.read_text(encoding="utf-8"))
+    dates = {letter: one["date"] for letter, one in found["parts"].items()}
+    assert dates == {"a": "2026-03-04", "b": "2026-01-01"}
+
+
+def test_the_page_says_what_was_not_measured() -> None:
+    page = tables.markdown({"device": "cpu", "parts": {"a": part()}})
+    assert "**Not measured on a GPU.**" in page
+    assert "| absent | not installed; pip install it |" in page
+    assert "a CPU, 2 threads; torch 2.0." in page
+    widths = {line.count("|") for line in page.splitlines() if line.startswith("|")}
+    assert len(widths) == 1
+    page = tables.markdown({"device": "g", "parts": {"a": part(gpu="a GPU", smoke=True)}})
+    assert "Not measured on a GPU" not in page
+    assert "no measurement" in page
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+def test_memory_is_counted_from_where_it_is_asked() -> None:
+    held = bytearray(64 << 20)
+    held[:: 1 << 12] = b"x" * len(held[:: 1 << 12])  # touched, so that it is resident
+    del held
+    before = measure.resident()
+    more = bytearray(32 << 20)
+    more[:: 1 << 12] = b"x" * len(more[:: 1 << 12])
+    grown = measure.peak() - before
+    assert 28 << 20 < grown < 48 << 20
+
+
+def run(*flags: str, here: Path) -> subprocess.CompletedProcess[str]:
+    root = str(SCRIPTS.parent)
+    return subprocess.run(
+        [sys.executable, str(SCRIPTS / "benchmark.py"), *flags],
+        cwd=here,
+        env={**os.environ, "PYTHONPATH": root},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--parts", "f"], "invalid choice: 'f'"),
+        (["--threads", "0"], "--threads must be at least 1, got 0"),
+        (["--out", "nowhere"], "nowhere is not a folder"),
+    ],
+)
+def test_mistakes_leave_nothing(flags: list[str], says: str, tmp_path: Path) -> None:
+    done = run(*flags, here=tmp_path)
+    assert done.returncode == 2
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_smoke(tmp_path: Path) -> None:
+    """Every part runs; everyone who is here trains alike, and finds the same log p(x)."""
+    done = run("--smoke", "--threads", "1", "--out", ".", here=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = tmp_path.glob("*-smoke.json")
+    parts = json.loads(path.read_text(encoding="utf-8"))["parts"]
+    assert list(parts) == list("abcde")
+    for letter in "ab":
+        for row in parts[letter]["tables"][0]["rows"]:
+            if "missing" in row:
+                continue
+            assert 0 < row["ms"]["q1"] <= row["ms"]["median"] <= row["ms"]["q3"]
+            if not row["name"].startswith("only "):
+                assert row["agrees"], row
+                assert row["last"] < row["first"]
+    ran = {
+        letter: {row["name"] for row in one["tables"][0]["rows"] if "missing" not in row}
+        for letter, one in parts.items()
+    }
+    torch_ways = {"torch, eager", "torch, loss compiled", "torch, whole step compiled"}
+    for letter in "ab":
+        assert torch_ways | {"stock Pyro SVI", "pyrovae, svi"} <= ran[letter]
+        assert "pyrovae, compiled" in ran[letter]
+    assert {"torch loop, 64 x 100", "pyrovae, evaluate"} <= ran["c"]
+    assert all(row.get("agrees", True) for row in parts["c"]["tables"][0]["rows"])
+    assert ran["d"] == {"100", "1,000"}
+    assert {"pyrovae --help", "first training step, compiled, cache empty"} <= ran["e"]
+    for one in parts.values():
+        assert one["smoke"] is True
+        assert one["versions"]["torch"]
+        assert one["date"]
+    assert path.with_suffix(".md").read_text(encoding="utf-8").count("\n## (") == 5

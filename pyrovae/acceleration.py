@@ -398,7 +398,7 @@ class _Step:
             if self._replay is None:
                 self._replay = captured(self._call, self.svi._state, [batch, *noise, row])
             return self._replay(batch, *noise, row)
-        return self._call(batch, *noise, row.to(self.svi.device))
+        return self._call(batch, *noise, row.to(self.svi.device, non_blocking=True))
 
     def _call(self, *inputs: Tensor) -> Tensor:
         first = self._graphs[0](*self._fixed, *inputs)

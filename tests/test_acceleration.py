@@ -103,7 +103,7 @@ def test_loss_and_every_gradient_are_those_of_pyro(names):
 
 def reference_steps(vae, split, objective, optim, batches, noises, rows):
     """The same steps by `pyro.infer.SVI`; ``rows`` are learning rate and KL weight of each."""
-    weight = KLWeight()
+    weight = KLWeight().to(split.raw.device)
     model, guide = objectives.with_handlers(vae.model, vae.guide, objective, weight=weight)
     svi = SVI(model, guide, optim, loss=objective)
     losses = []
@@ -142,18 +142,19 @@ CASES = {
 }
 
 
-def both_ways(mode, objective_name, options, binarize="dynamic", likelihood="bernoulli"):
+def both_ways(mode, objective_name, options, likelihood="bernoulli", device="cpu"):
     config = tiny_config(
         objective=objective_name,
         likelihood=likelihood,
         num_particles=3 if objective_name in ("iwae", "dreg") else 1,
     )
     data = tiny_data(config)
-    ours, theirs = cfg.build(config, data), cfg.build(config, data)
+    ours, theirs = (cfg.build(config, data).to(device) for _ in range(2))
+    data = data.to(device)
     objective = objectives.REGISTRY[objective_name](config.num_particles)
     optim = WholeModelOptimizer(ours.named_parameters(), **options)
     weighted = objective_name in ("elbo", "mean-field")
-    weight = KLWeight()
+    weight = KLWeight().to(torch.device(device))
     model, guide = objectives.with_handlers(ours.model, ours.guide, objective, weight=weight)
     average = {n: t.clone() for n, t in ours.state_dict().items()}
     svi = Recorder(
@@ -170,6 +171,7 @@ def both_ways(mode, objective_name, options, binarize="dynamic", likelihood="ber
     stream = torch.Generator().manual_seed(0)
     sizes = [7] * 9 + [4] + [7] * 10  # one ragged batch
     batches = [torch.randint(0, len(data.train), (n,), generator=stream) for n in sizes]
+    batches = [index.to(device) for index in batches]
     rows = [(1e-2 * (1 - i / 40), min(1.0, i / 10) if weighted else 1.0) for i in range(20)]
     for index in (batches[0], batches[9]):
         optim.begin(1.0, 7)
@@ -220,6 +222,60 @@ def test_the_compiled_step_agrees_and_is_compiled_once():
     assert_agree(*both_ways("compiled", "elbo", {"clip_norm": 5.0}))
     # Learning rate and KL weight changed at each of the 20 steps.
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["cuda-graph", "compiled", "traced"])
+@pytest.mark.parametrize("objective", objectives.REGISTRY)
+def test_parameters_agree_after_20_steps_on_a_gpu(objective, mode):
+    assert_agree(*both_ways(mode, objective, {"clip_norm": 5.0}, device="cuda"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_optimiser_is_captured(case):
+    assert_agree(*both_ways("cuda-graph", "elbo", CASES[case], device="cuda"))
+
+
+@pytest.mark.gpu
+def test_a_captured_step_reads_nothing_back():
+    """A step that waited for the device would raise under CUDA's own watch."""
+    svi, *_ = both_ways("cuda-graph", "elbo", {}, device="cuda")
+    index = torch.arange(7, device="cuda")
+    svi.step(index)
+    torch.cuda.synchronize()
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            svi.step(index)
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
+def test_fit_on_a_gpu_resumes_exactly(tmp_path, precision):
+    options = {"batch_size": 8, "device": "cuda", "precision": precision, "progress": False}
+    whole, data = tiny_vae()
+    lines = []
+    fit(whole, data, epochs=4, run=tmp_path / "whole", say=lines.append, **options)
+    assert lines == ["cuda-graph: a CUDA device"]
+    parts, _ = tiny_vae()
+    fit(parts, data, epochs=2, run=tmp_path / "parts", **options)
+    again, _ = tiny_vae()
+    fit(again, data, epochs=4, run=tmp_path / "parts", resume=True, **options)
+    for name, t in whole.state_dict().items():
+        assert torch.allclose(t, again.state_dict()[name], atol=1e-6), name
+
+
+@pytest.mark.gpu
+def test_an_evaluation_on_a_gpu_gives_the_numbers_of_its_eager_programs():
+    vae, data = tiny_vae()
+    a = evaluate(vae, data.test, 100, engine="eager", device="cuda")
+    b = evaluate(vae, data.test, 100, engine="compiled", device="cuda")
+    for name in ("log_likelihood", "elbo", "rate", "distortion"):
+        assert getattr(a, name) == pytest.approx(getattr(b, name), abs=1e-4), name
 
 
 def test_the_moving_average_is_that_of_the_steps():

@@ -1,0 +1,1 @@
+"""What `scripts/benchmark.py` measures: one file for each part, and one for each peer."""

@@ -1,0 +1,1 @@
+"""The contestants: pyrovae and its peers, each as its own users would write it."""

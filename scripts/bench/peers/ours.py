@@ -1,0 +1,60 @@
+"""pyrovae's engines, as `pyrovae.fit` drives them: one optimiser, validation off, few reads."""
+
+import copy
+from typing import Any
+
+import pyro
+import torch
+from pyro.infer import SVI
+
+from bench import cases
+from bench.measure import MissingError
+from pyrovae import objectives
+from pyrovae.acceleration import CompiledSVI
+from pyrovae.data import Split
+from pyrovae.errors import InputError
+from pyrovae.optimizers import WholeModelOptimizer
+from pyrovae.vae import VAE
+
+
+class Engine:
+    """One engine: "svi" draws a batch and hands it over, the others are given its indices."""
+
+    def __init__(self, name: str, start: VAE, split: Split, batch: int):
+        if name == "cuda-graph" and cases.device().type != "cuda":
+            raise MissingError("not measured: it needs a GPU")
+        self.vae = copy.deepcopy(start).to(cases.device())
+        self.split = split.to(cases.device())
+        self.batches = cases.Batches(self.split.raw, batch)
+        self.batch = batch
+        self.optimizer = WholeModelOptimizer(self.vae.named_parameters())
+        self.generator = torch.Generator(cases.device()).manual_seed(0)
+        arguments = self.vae.model, self.vae.guide, self.optimizer, objectives.elbo()
+        self.svi = self.compiled = None
+        if name == "svi":
+            self.svi = SVI(*arguments)
+            return
+        self.compiled = CompiledSVI(*arguments, module=self.vae, split=self.split, mode=name)
+        with pyro.get_param_store().scope(), pyro.validation_enabled(False):
+            try:
+                self.compiled.prepare(self.batches.index())
+            except InputError as error:
+                raise MissingError(f"cannot run here: {error}") from None
+
+    def _step(self) -> Any:
+        self.optimizer.begin(cases.LR, images=self.batch)
+        index = self.batches.index()
+        if self.compiled is not None:
+            return self.compiled.step(index)
+        assert self.svi is not None
+        return self.svi.step(self.split.batch(index, self.generator))
+
+    def run(self, steps: int) -> float:
+        """Take so many steps; what the losses sum to is read once, if the engine lets us."""
+        with pyro.get_param_store().scope(), pyro.validation_enabled(False):
+            total: Any = 0.0
+            for _ in range(steps):
+                total = total + self._step()
+            if self.compiled is not None:
+                self.compiled.check()
+            return float(total) / (steps * self.batch)

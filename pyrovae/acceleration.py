@@ -10,6 +10,7 @@ state, the batch, the noise, the learning rate, the KL weight.
 
 import logging
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -225,13 +226,14 @@ class CompiledSVI:
         # float64, for the first corrections are differences of nearly equal numbers.
         return torch.tensor(row, dtype=torch.float64)
 
-    def _noise(self, plan: Plan, size: int) -> list[Tensor]:
-        bits = None if self.split is None else self.split.noise(size, self.generator)
+    def _noise(
+        self, plan: Plan, size: int, generator: torch.Generator | None = None
+    ) -> list[Tensor]:
+        generator = self.generator if generator is None else generator
+        bits = None if self.split is None else self.split.noise(size, generator)
         drawn = [] if bits is None else [bits]
         for shape, dtype in plan.noise.values():
-            drawn.append(
-                torch.randn(shape, dtype=dtype, device=self.device, generator=self.generator)
-            )
+            drawn.append(torch.randn(shape, dtype=dtype, device=self.device, generator=generator))
         return drawn
 
     def _data(self) -> list[Tensor]:
@@ -255,13 +257,14 @@ class CompiledSVI:
         size = len(batch)
         first = not self._steps
         with networks_in(self._module, self.precision):
-            stream = torch.Generator(self.device)
+            # Not the run's own stream: a resumed run traces again, and draws what it would have.
+            stream = torch.Generator(self.device).manual_seed(0)
             bits = None if self.split is None else self.split.noise(size, stream)
             x, _ = self._x(batch, [] if bits is None else [bits], self._data())
             plan = self._traced.plan(x)
             if first:
                 self._verify(plan, x)
-            noise = self._noise(plan, size)
+            noise = self._noise(plan, size, stream)
             row = self._row(size).to(self.device)
             example = [*self._state, *self._traced.constants, *self._data(), batch, *noise, row]
             keys = list(plan.noise)
@@ -274,7 +277,10 @@ class CompiledSVI:
                     tracing.trace(self._apply, *self._state, vector, row),
                 ]
         mode = "traced" if self.mode == "compiled" and not first else self.mode
-        return _Step(self, plan, graphs, mode)
+        step = _Step(self, plan, graphs, mode)
+        if mode != "traced":
+            step.verify(batch, noise, row)
+        return step
 
     def _verify(self, plan: Plan, x: Tensor) -> None:
         traced = self._traced
@@ -373,11 +379,11 @@ class _Step:
     def __init__(self, svi: CompiledSVI, plan: Plan, graphs: list[GraphModule], mode: str):
         self.svi = svi
         self.plan = plan
-        compiled = [
+        self._traced = graphs
+        self._graphs: list[Callable[..., Tensor]] = [
             graph if mode == "traced" else torch.compile(graph, fullgraph=True, dynamic=False)
             for graph in graphs
         ]
-        self._graphs: list[Callable[..., Tensor]] = compiled
         self._capture = mode == "cuda-graph" and svi.reduce is None
         self.bind()
 
@@ -386,17 +392,36 @@ class _Step:
         svi = self.svi
         self._fixed = [*svi._state, *svi._traced.constants, *svi._data()]
         self._replay: Callable[..., Tensor] | None = None
-        self._ran = False
+
+    def verify(self, batch: Tensor, noise: list[Tensor], row: Tensor) -> None:
+        """Compile, and hold what was compiled against what was traced, on copies of the state.
+
+        Raises:
+            NotTraceableError: if compilation fails, or loss or moments (linear in the gradient)
+                differ.
+        """
+        rest, results = self._fixed[len(self.svi._state) :], []
+        for graphs in (self._graphs, self._traced):
+            state = [t.clone() for t in self.svi._state]
+            try:
+                with torch.no_grad(), _quiet_compiler():
+                    out = graphs[0](*state, *rest, batch, *noise, row)
+                    if len(graphs) > 1:
+                        out = graphs[1](*state, out, row)
+            except Exception as error:
+                reason = " ".join(str(error).split())[:160]
+                raise NotTraceableError(f"torch.compile failed: {reason}") from error
+            count = len(self.svi._params)
+            results.append([out, *state[count : 2 * count]])
+        for ours, theirs in zip(*results, strict=True):
+            tracing.compare("a result of the compiled step", ours, theirs, "the traced one's")
 
     def run(self, batch: Tensor, noise: list[Tensor], row: Tensor) -> Tensor:
         """One step; the loss summed over the batch."""
-        if not self._ran:
-            self._ran = True
-            with _quiet_compiler():
-                return self.run(batch, noise, row)
         if self._capture:
             if self._replay is None:
-                self._replay = captured(self._call, self.svi._state, [batch, *noise, row])
+                with _quiet_compiler():
+                    self._replay = captured(self._call, self.svi._state, [batch, *noise, row])
             return self._replay(batch, *noise, row)
         return self._call(batch, *noise, row.to(self.svi.device, non_blocking=True))
 
@@ -519,12 +544,14 @@ def _compare_terms(ours: LogTerms, theirs: LogTerms) -> None:
 
 @contextmanager
 def _quiet_compiler() -> Iterator[None]:
-    """While compiling on a CPU, torch may warn that a CUDA toolkit has no device to serve."""
+    """While compiling, torch may warn of its own deprecated parts, and of CUDA without a device."""
     logger = logging.getLogger("torch.utils.cpp_extension")
     before = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         logger.setLevel(before)
 

@@ -232,12 +232,12 @@ class Traced:
             loss, *grads = graph(*params, *self.constants, x, *noise.values(), weight)
             torch.set_rng_state(state)  # for sites that draw inside the graph
             expected, truth = self._by_pyro(x, noise)
-        _compare("the loss", loss, torch.as_tensor(expected, device=x.device))
+        compare("the loss of the traced step", loss, torch.as_tensor(expected, device=x.device))
         for name, ours, theirs in zip(self.named, grads, truth, strict=True):
             if (ours is None) != (theirs is None):
                 raise NotTraceableError(f"the traced step and Pyro disagree on the use of {name}")
             if ours is not None and theirs is not None:
-                _compare(f"the gradient of {name}", ours, theirs)
+                compare(f"the traced gradient of {name}", ours, theirs)
 
     def _by_pyro(self, x: Tensor, noise: dict[str, Tensor]) -> tuple[float, list[Tensor | None]]:
         kept = [p.grad for p in self.named.values()]
@@ -431,14 +431,15 @@ _LOSSES: dict[type[ELBO], Any] = {
 }
 
 
-def _compare(what: str, ours: Tensor, theirs: Tensor) -> None:
+def compare(what: str, ours: Tensor, theirs: Tensor, whose: str = "Pyro's") -> None:
+    """Raise NotTraceableError unless two results are equal up to rounding."""
     size = theirs.detach().double().norm()
     error = (ours.detach().double() - theirs.detach().double()).norm()
     # Rounding in float32 is ten times below; a wrong constant is far above.
     # What is not finite on both sides is the step's to report.
     if bool(torch.isfinite(size)) and not bool(error <= 1e-3 * size + 1e-6):
         raise NotTraceableError(
-            f"{what} of the traced step differs from Pyro's by {float(error / size):.1e} of its "
-            "size, on the same noise: the programs do something that depends on more than x and "
-            "their draws, such as dropout or a counter"
+            f"{what} differs from {whose} by {float(error / size):.1e} of its size, on the same "
+            "noise: the programs do something that depends on more than x and their draws, such "
+            "as dropout or a counter"
         )

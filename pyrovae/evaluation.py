@@ -199,7 +199,7 @@ def evaluate(
     information_images: int = 500,
     device: str | torch.device | None = None,
     memory: int | None = None,
-    engine: str = "auto",
+    engine: str | importance.Kernel = "auto",
     progress: Callable[[int], None] | None = None,
 ) -> Evaluation:
     """Estimate log p(x) for every image of a split by importance sampling with the guide.
@@ -220,7 +220,8 @@ def evaluate(
         memory: bytes that one chunk may take; default: 64 MiB on a CPU, a quarter of the free
             memory on a GPU.
         engine: "eager" runs the Pyro programs for every chunk, "compiled" what was traced of them
-            once (`acceleration.CompiledTerms`); "auto" compiles where that is repaid.
+            once (`acceleration.CompiledTerms`, which may be given itself); "auto" compiles where
+            that is repaid.
         progress: called with the number of images done.
 
     Raises:
@@ -243,8 +244,12 @@ def evaluate(
     chosen = importance.plan(model, guide, x[:1].to(here), num_particles, memory, proposal)
     chosen = min(processes.gather(chosen))  # one cut for all: free memory may differ
     whole = (len(x) // chosen.images) * (num_particles // chosen.particles)
-    kernel = acceleration.terms_kernel(
-        engine, vae, x[: chosen.images].to(here), chosen.particles, whole, proposal
+    kernel = (
+        acceleration.terms_kernel(
+            engine, vae, x[: chosen.images].to(here), chosen.particles, whole, proposal
+        )
+        if isinstance(engine, str)
+        else engine
     )
     batches: dict[int, PerImage] = {}
     for start in processes.share(list(range(0, len(x), chosen.images))):

@@ -1,8 +1,8 @@
 """Measure pyrovae beside its peers, in one run, the contestants taking turns.
 
-    python scripts/benchmark.py                     # everything, some twenty minutes
+    python scripts/benchmark.py                     # everything, on a quiet machine
     python scripts/benchmark.py --parts a c         # these parts alone; the others are kept
-    python scripts/benchmark.py --smoke --out /tmp  # a minute of tiny sizes: does it all run?
+    python scripts/benchmark.py --smoke --out DIR   # a minute of tiny sizes: does it all run?
 
 It writes DEVICE.json and DEVICE.md into --out. Parts: (a) a training step of a dense VAE, (b) of a
 convolutional one, (c) evaluation beside pythae and the machine's rate of matrix products, (d)

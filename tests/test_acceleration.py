@@ -217,11 +217,12 @@ def test_dequantised_batches_agree_too():
 
 
 @pytest.mark.skipif(not acceleration.has_compiler(), reason="needs a C++ compiler")
-def test_the_compiled_step_agrees_and_is_compiled_once():
-    torch._dynamo.utils.counters.clear()
+def test_the_compiled_step_agrees_and_is_compiled_once(monkeypatch):
+    made = []
+    once = torch._inductor.compile
+    monkeypatch.setattr(torch._inductor, "compile", lambda *args: made.append(0) or once(*args))
     assert_agree(*both_ways("compiled", "elbo", {"clip_norm": 5.0}))
-    # Learning rate and KL weight changed at each of the 20 steps, and weights at most of them.
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert len(made) == 1  # learning rate and KL weight changed at each of the 20 steps
 
 
 @pytest.mark.gpu
@@ -371,27 +372,23 @@ def test_what_cannot_be_traced_is_refused(draw, reason):
 
 
 def test_a_compiler_that_fails_is_refused_and_changes_nothing(monkeypatch):
-    def broken(graph, **options):
-        def run(*args):
-            raise RuntimeError("no such header")
+    def broken(graph, example):
+        raise RuntimeError("no such header")
 
-        return run
-
-    monkeypatch.setattr(torch, "compile", broken)
+    monkeypatch.setattr(torch._inductor, "compile", broken)
     vae, data = tiny_vae()
-    with pytest.raises(NotTraceableError, match=r"torch\.compile failed: no such header"):
+    with pytest.raises(NotTraceableError, match="compilation failed: no such header"):
         fit(vae, data, epochs=1, engine="compiled", progress=False)
     monkeypatch.setattr(acceleration, "choose", lambda *args: ("compiled", "for this test"))
     lines = []
     fit(vae, data, epochs=1, say=lines.append, progress=False)
-    assert lines == ["svi: torch.compile failed: no such header"]
+    assert lines == ["svi: the compilation failed: no such header"]
 
 
 def test_a_compiler_that_errs_is_refused(monkeypatch):
-    def wrong(graph, **options):
-        return lambda *args: graph(*args) * 1.01
-
-    monkeypatch.setattr(torch, "compile", wrong)
+    monkeypatch.setattr(
+        torch._inductor, "compile", lambda graph, example: lambda *args: graph(*args) * 1.01
+    )
     vae, data = tiny_vae()
     with pytest.raises(NotTraceableError, match="compiled step differs from the traced one's"):
         fit(vae, data, epochs=1, engine="compiled", progress=False)
@@ -640,7 +637,7 @@ def test_bits_binarise_with_the_levels_probabilities():
 def test_the_largest_integer_leaves_a_white_pixel_white():
     split = tiny_vae()[1].train
     raw = torch.full((1, *split.x_shape), split.levels, dtype=torch.uint8)
-    for extreme in (2**31 - 1, -(2**31)):
+    for extreme in (2**15 - 1, -(2**15)):
         noise = torch.full((1, *split.x_shape), extreme, dtype=torch.int32)
         assert bool((split.sampled(raw, noise) == 1).all())
         assert bool((split.sampled(0 * raw, noise) == 0).all())
@@ -670,7 +667,7 @@ def test_bits_dequantise_within_the_level():
 def test_compiled_terms_are_those_of_the_programs(posterior, compiled):
     vae, data = tiny_vae(posterior=posterior, prior="vamp", prior_args={"components": 3})
     x = data.test.tensor()
-    kernel = CompiledTerms(vae.model, vae.guide, vae, x, 7, compiled=compiled)
+    kernel = CompiledTerms(vae.model, vae.guide, vae, x, 7, compile_it=compiled)
     with torch.no_grad():  # weights are read anew, not remembered
         for p in vae.parameters():
             p.add_(0.1)
@@ -721,4 +718,4 @@ def test_a_decoder_that_remembers_is_not_compiled(monkeypatch):
     inner, calls = vae.decoder.forward, []
     vae.decoder.forward = lambda z: calls.append(0) or inner(z) + len(calls)
     with pytest.raises(NotTraceableError, match="differs from Pyro's"):
-        CompiledTerms(vae.model, vae.guide, vae, data.test.tensor(), 5, compiled=False)
+        CompiledTerms(vae.model, vae.guide, vae, data.test.tensor(), 5, compile_it=False)

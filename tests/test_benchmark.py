@@ -134,6 +134,20 @@ def test_memory_is_counted_from_where_it_is_asked() -> None:
     assert 28 << 20 < grown < 48 << 20
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+def test_a_child_does_not_begin_with_the_peak_of_its_parent() -> None:
+    held = bytearray(b"x") * (256 << 20)
+    child = "from bench import measure; print(measure.peak())"
+    found = subprocess.run(
+        [sys.executable, "-c", child],
+        env={**os.environ, "PYTHONPATH": str(SCRIPTS)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert int(found.stdout) < len(held) / 2
+
+
 def run(*flags: str, here: Path) -> subprocess.CompletedProcess[str]:
     root = str(SCRIPTS.parent)
     return subprocess.run(

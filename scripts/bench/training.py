@@ -66,7 +66,7 @@ def arithmetic(flops: int, start: VAE) -> str:
 def dense(effort: Effort) -> list[Table]:
     """Part a: 784-200-200-50, tanh, one table for each batch size."""
     data = cases.digits(effort.of(50_192, 800))
-    start = cases.mlp_vae(hidden=effort.of(cases.HIDDEN, 16), latent=effort.of(cases.LATENT, 4))
+    start = cases.mlp_vae(hidden=effort.of(cases.HIDDEN, 16))
     levels = data.train.raw
     tables = []
     for batch, steps in effort.of([(20, 500), (128, 200), (1024, 30)], [(20, 2)]):

@@ -172,7 +172,8 @@ class CompiledSVI:
         noise = self._noise(step.plan, size)
         self.count += 1
         self._since.append(batch)
-        with torch.no_grad():
+        # Products read the switch for tf32 when they run; bf16 is in the graph.
+        with torch.no_grad(), networks_in(None, self.precision):
             return step.run(batch, noise, self._row(images or size))
 
     def prepare(self, batch: Tensor) -> "_Step":
@@ -593,7 +594,8 @@ def captured(
             function(*static)
     torch.cuda.current_stream(device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # On the stream given: torch's own would belong to the current device, not to this one.
+    with torch.cuda.device(device), torch.cuda.graph(graph, stream=stream):
         output = function(*static)
     for t, old in zip(state, kept, strict=True):
         t.copy_(old)
@@ -601,7 +603,8 @@ def captured(
     def replay(*given: Tensor) -> Tensor:
         for to, value in zip(static, given, strict=True):
             to.copy_(value, non_blocking=True)
-        graph.replay()
+        with torch.cuda.device(device):
+            graph.replay()
         return output.clone()
 
     return replay
@@ -643,14 +646,17 @@ def networks_in(module: Any, precision: str) -> Iterator[None]:
     if precision == "bf16" and module is not None:
         kinds = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
         layers = [layer for layer in module.modules() if isinstance(layer, kinds)]
-    forwards = [layer.forward for layer in layers]
+    own = [vars(layer).get("forward") for layer in layers]
     for layer in layers:
         layer.forward = _rounded(layer.forward)
     try:
         yield
     finally:
-        for layer, forward in zip(layers, forwards, strict=True):
-            layer.forward = forward
+        for layer, forward in zip(layers, own, strict=True):
+            if forward is None:
+                del layer.forward  # the class's own is behind it
+            else:
+                layer.forward = forward
 
 
 def _rounded(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

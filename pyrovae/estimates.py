@@ -12,6 +12,9 @@ from pyrovae.diagnostics import psis
 from pyrovae.importance import GUIDE, LogTerms, log_mean_exp
 from pyrovae.proposals import PARTICLE_BLOCK, Proposal
 
+# Log-weights whose diagnostics are computed together: 2 MB for each copy of them.
+_NUMBERS_AT_ONCE = 250_000
+
 
 class PerImage(NamedTuple):
     """What was estimated for each image, float64 tensors (N,) on the CPU, in nats.
@@ -82,20 +85,26 @@ def estimate(
         kernel=kernel,
     )
     of_guide = _GuideSums(importance.latent_mean(guide, x))
-    weights = []
+    # One block for all: small tensors kept from every chunk would keep the allocator from giving
+    # the large ones between them back.
+    log_w = torch.empty(num_particles, len(x), dtype=x.dtype)
+    done = 0
     for terms in draws(num_particles, proposal=proposal):
-        weights.append(terms.log_weights.cpu())
+        chunk_w = terms.log_weights
+        log_w[done : done + len(chunk_w)] = chunk_w
+        done += len(chunk_w)
         if proposal == GUIDE:
             of_guide.add(terms)
     if proposal != GUIDE:
         for terms in draws(min(num_particles, PARTICLE_BLOCK)):
             of_guide.add(terms)
-    log_w = torch.cat(weights).double()
-    k, ess, smoothed = psis(log_w)
-    error = delta_error(log_w)
+    # Diagnostics make a dozen copies of the weights; of a few images at a time, whatever K is.
+    few = log_w.split(max(1, _NUMBERS_AT_ONCE // num_particles), 1)
+    columns = zip(*(_of_weights(part.double()) for part in few), strict=True)
+    log_likelihood, k, ess, error, smoothed, curve = (torch.cat(column) for column in columns)
     mean, mean_error = of_guide.posterior_mean()
     return PerImage(
-        log_likelihood=log_mean_exp(log_w),
+        log_likelihood=log_likelihood,
         elbo=of_guide.elbo / of_guide.count,
         rate=of_guide.rate / of_guide.count,
         distortion=of_guide.distortion / of_guide.count,
@@ -103,10 +112,23 @@ def estimate(
         ess=ess,
         mc_error=error,
         bias=-0.5 * error**2,
-        psis_log_likelihood=smoothed_log_mean_exp(log_w, smoothed),
-        bounds=bounds(log_w),
+        psis_log_likelihood=smoothed,
+        bounds=curve,
         posterior_mean=mean,
         posterior_mean_error=mean_error,
+    )
+
+
+def _of_weights(log_w: Tensor) -> tuple[Tensor, ...]:
+    """What the log-weights (K, B) tell: log p(x), k, effective size, error, smoothed, curve."""
+    k, ess, smoothed = psis(log_w)
+    return (
+        log_mean_exp(log_w),
+        k,
+        ess,
+        delta_error(log_w),
+        smoothed_log_mean_exp(log_w, smoothed),
+        bounds(log_w),
     )
 
 

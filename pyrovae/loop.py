@@ -16,7 +16,7 @@ from pyro.infer import SVI
 from torch import Tensor, nn
 
 from pyrovae import importance, processes
-from pyrovae.acceleration import CompiledSVI, fits, networks_in
+from pyrovae.acceleration import CompiledSVI, networks_in
 from pyrovae.data import Data
 from pyrovae.errors import InputError, NonFiniteLossError
 from pyrovae.importance import Program, Programs
@@ -79,12 +79,12 @@ class Loop:
         """The x of a batch, sampled anew, on the device: (n, *x_shape)."""
         return self.data.train.batch(index, self.generator).to(self.device)
 
-    def example(self, size: int) -> Tensor:
-        """The first ``size`` images as a compiled engine takes them."""
+    def example(self, size: int, by_index: bool) -> Tensor:
+        """The first ``size`` images as a compiled engine takes them: by index, or as x."""
         index = torch.arange(size)[processes.rank() :: processes.count()]
-        engine_draws = fits(self.data.train, self.device)
-        stream = torch.Generator()
-        return (index if engine_draws else self.data.train.batch(index, stream)).to(self.device)
+        if by_index:
+            return index.to(self.device)
+        return self.data.train.batch(index, torch.Generator()).to(self.device)
 
     def step(self, index: Tensor) -> None:
         """Lower the loss of the images at ``index``, by one step of the engine.

@@ -4,7 +4,7 @@ Without torchrun there is one process, and every function here says so and does 
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -59,7 +59,8 @@ def joined(device: str = "auto") -> Iterator[None]:
                 "use --nproc-per-node with that number, or --device cpu"
             )
         torch.cuda.set_device(local)
-    dist.init_process_group("nccl" if cuda else "gloo")
+    # Both, for a run may be resumed on the CPU although there is CUDA.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     try:
         yield
     finally:
@@ -71,6 +72,13 @@ def add(values: Tensor) -> Tensor:
     if count() > 1:
         _guarded(lambda: dist.all_reduce(values))
     return values
+
+
+def copy_from_first(values: Iterable[Tensor]) -> None:
+    """Give all processes the tensors of the first, in place."""
+    if count() > 1:
+        for t in values:
+            _guarded(lambda t=t: dist.broadcast(t, 0))  # type: ignore[misc]
 
 
 def gather(value: T) -> list[T]:

@@ -131,6 +131,7 @@ def fit(
         check_data(likelihood, data)
 
     vae.to(device)
+    _check_processes(vae, min(batch_size, len(data.train)))
     loop = Loop(vae, data, device, run)
     loop.optimizer = WholeModelOptimizer(
         vae.named_parameters(),
@@ -160,6 +161,8 @@ def fit(
     )
     if resume and run is not None and engine == "auto":
         engine = acceleration.mode_of(load_checkpoint(run.last))
+        if engine == "cuda-graph" and device.type != "cuda":
+            engine = "compiled"
     metrics_log: list[Metrics] = []
     stopped = "epochs"
 
@@ -202,6 +205,7 @@ def fit(
                 if _asked_to_stop(should_stop, state.step):
                     stopped = "interrupted"
                     break
+            loop.wait()
             state.seconds += time.perf_counter() - started
             if stopped == "interrupted":
                 loop.save_last()
@@ -219,6 +223,16 @@ def fit(
     if stopped != "interrupted":
         loop.load_best()
     return History(metrics_log, state.best_epoch, state.best_elbo, stopped)
+
+
+def _check_processes(vae: Programs, batch_size: int) -> None:
+    """Of several processes, each needs an image of every batch, and the weights of the first."""
+    if batch_size < processes.count():
+        raise InputError(
+            f"--batch-size counts the images of all processes: {batch_size} are too few for "
+            f"{processes.count()} of them; give at least one each"
+        )
+    processes.copy_from_first(t.detach() for t in vae.state_dict().values())
 
 
 def _asked_to_stop(should_stop: Callable[[], bool] | None, step: int) -> bool:
@@ -262,13 +276,18 @@ def _engine(
         precision=precision,
         seed=seed,
     )
+    reason = ""
     try:
-        compiled.prepare(loop.example(min(batch_size, len(train))))
+        compiled.prepare(loop.example(min(batch_size, len(train)), compiled.split is not None))
     except NotTraceableError as error:
-        if name != "auto":
-            raise
-        return svi, f"svi: {error}"
-    return compiled, f"{chosen}: {why}"
+        reason = str(error)
+    # Of several processes, all take one engine: what one of them cannot trace, nobody does.
+    reason = next(filter(None, processes.gather(reason)), "")
+    if not reason:
+        return compiled, f"{chosen}: {why}"
+    if name != "auto":
+        raise NotTraceableError(reason)
+    return svi, f"svi: {reason}"
 
 
 def check_continuable(done: int, best_epoch: int, epochs: int, validate_every: int) -> None:

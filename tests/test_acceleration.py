@@ -600,6 +600,34 @@ def test_tf32_is_put_back():
     assert torch.get_float32_matmul_precision() == before
 
 
+def test_a_compiled_step_runs_its_products_in_tf32(monkeypatch):
+    """The switch must be on while the graph runs, not only while it is traced."""
+    vae, data = tiny_vae()
+    optim = WholeModelOptimizer(vae.named_parameters())
+    svi = CompiledSVI(
+        vae.model,
+        vae.guide,
+        optim,
+        objectives.elbo(),
+        module=vae,
+        split=data.train,
+        mode="traced",
+        precision="tf32",
+    )
+    step, seen = svi.prepare(torch.arange(4)), []
+    run = step.run
+    step.run = lambda *args: seen.append(torch.get_float32_matmul_precision()) or run(*args)
+    svi.step(torch.arange(4))
+    assert seen == ["high"]
+
+
+def test_bf16_leaves_no_trace_on_the_layers():
+    vae, _ = tiny_vae()
+    with networks_in(vae, "bf16"), networks_in(vae, "bf16"):
+        pass
+    assert all("forward" not in vars(m) for m in vae.modules())
+
+
 def test_unknown_precisions_are_refused():
     with pytest.raises(InputError, match="--precision expects one of"), networks_in(None, "fp8"):
         pass

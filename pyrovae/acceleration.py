@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch._inductor
 from pyro.infer import ELBO
 from torch import Tensor, nn
 from torch.fx import GraphModule
@@ -566,7 +565,9 @@ def compiled(graph: GraphModule, example: Sequence[Tensor]) -> Callable[..., Any
     """
     try:
         with torch.no_grad(), _quiet_compiler():
-            run = torch._inductor.compile(graph, list(example))
+            from torch import _inductor  # late: importing it changes the filters of warnings
+
+            run = _inductor.compile(graph, list(example))
             run(*(t.clone() for t in example))  # the first call completes the work
             return run
     except Exception as error:

@@ -84,6 +84,7 @@ def estimate(
         first_image=first_image,
         kernel=kernel,
     )
+    importance.check_particles(num_particles)
     of_guide = _GuideSums(importance.latent_mean(guide, x))
     # One block for all: small tensors kept from every chunk would keep the allocator from giving
     # the large ones between them back.

@@ -125,7 +125,7 @@ def log_weights(model: Program, guide: Program, x: Tensor, num_particles: int) -
 
 def log_terms(model: Program, guide: Program, x: Tensor, num_particles: int) -> LogTerms:
     """The terms of :func:`log_weights`, drawn from torch's own random stream."""
-    _check_particles(num_particles)
+    check_particles(num_particles)
     with isolated_params():
         trace = poutine.trace(with_particles(guide, num_particles)).get_trace(x)
         return _score(model, trace, x, num_particles)
@@ -163,7 +163,7 @@ def chunks(
         InputError: for K < 1, a site outside the plate of images, or a guide that is not made of
             normals where the proposal asks for one that is.
     """
-    _check_particles(num_particles)
+    check_particles(num_particles)
     images = range(first_image, first_image + len(x))
     with torch.no_grad(), isolated_params():
         draw = _sampler(guide, x)
@@ -280,7 +280,7 @@ def plan(
     The bytes one (image, particle) pair needs are measured: all tensors that one pass creates,
     an upper bound, since most are freed on the way.
     """
-    _check_particles(num_particles)
+    check_particles(num_particles)
     if not is_made_of_normals(guide, x[:1]):
         return Plan(IMAGE_BLOCK, min(num_particles, PARTICLE_BLOCK))
     memory = memory if memory is not None else _default_memory(x)
@@ -407,6 +407,7 @@ def isolated_params() -> Iterator[None]:
         yield
 
 
-def _check_particles(num_particles: int) -> None:
+def check_particles(num_particles: int) -> None:
+    """Raise InputError for K < 1."""
     if num_particles < 1:
         raise InputError(f"num_particles must be at least 1, got {num_particles}")

@@ -240,7 +240,9 @@ def test_patience_finishes_a_run(small: Any) -> None:
     tables, place = small
     running = module("reproduction.running")
     row = tables["iwae"]["vae-k1"]
-    row = row._replace(settings={**row.settings, "epochs": 60, "patience": 2, "lr": 0.5})
+    row = row._replace(
+        settings={**row.settings, "epochs": 60, "patience": 2, "lr": 0.5, "validate_every": 1}
+    )
     first = running.run(row, 0, place)
     assert first["epochs"] == first["best_epoch"] + 2 < 60
     assert running.run(row, 0, place) == first

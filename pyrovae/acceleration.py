@@ -3,7 +3,7 @@
 A stock ``SVI.step`` spends most of a small network's time in Python: handlers, plates, traces, and
 an optimiser for each parameter. None of that depends on the data. So the programs are run once
 with stand-in tensors, and every operation of the bound, of its gradient and of the optimiser is
-written down (`torch.fx`) and compiled (`torch.compile`); a CUDA graph may hold the result. Whatever
+written down (`torch.fx`) and compiled (Inductor); a CUDA graph may hold the result. Whatever
 changes between steps is an input of that graph and never a constant in it: weights, the optimiser's
 state, the batch, the noise, the learning rate, the KL weight.
 """
@@ -264,7 +264,7 @@ class CompiledSVI:
             x, _ = self._x(batch, [] if bits is None else [bits], self._data())
             plan = self._traced.plan(x)
             if first:
-                self._verify(plan, x)
+                self._traced.verify(plan, x)
             noise = self._noise(plan, size, stream)
             row = self._row(size).to(self.device)
             example = [*self._state, *self._traced.constants, *self._data(), batch, *noise, row]
@@ -282,23 +282,6 @@ class CompiledSVI:
         if mode != "traced":
             step.compile(batch, noise, row)
         return step
-
-    def _verify(self, plan: Plan, x: Tensor) -> None:
-        traced = self._traced
-        noise = [torch.zeros(s, dtype=d, device=x.device) for s, d in plan.noise.values()]
-        weight = torch.ones((), dtype=torch.float64)
-        count, constants = len(self._params), len(traced.constants)
-
-        def function(*flat: Tensor) -> tuple[Any, ...]:
-            params, rest = flat[:count], flat[count:]
-            fixed, rest = rest[:constants], rest[constants:]
-            draws = dict(zip(plan.noise, rest[1:-1], strict=True))
-            loss, grads = traced.loss_and_grads(params, fixed, rest[0], draws, rest[-1])
-            return (loss, *grads)
-
-        weights = [p.detach() for p in self._params]
-        graph = tracing.trace(function, *weights, *traced.constants, x, *noise, weight)
-        traced.verify(plan, x, graph)
 
     def _whole(self, flat: Sequence[Tensor], keys: list[str]) -> Tensor:
         """The whole step: the loss, its gradient, and the update, in place."""
@@ -460,13 +443,11 @@ class CompiledTerms:
         self.shape = (num_particles, *x.shape)
         traced = tracing.TracedTerms(model, guide, module, num_particles)
         self._weights = traced.weights
-        graph, self._sites = traced.graph(x)
-        self._events = [shape[2:] for shape, _ in traced.plan(x).noise.values()]
+        graph, self._events = traced.graph(x)
         self._run: Callable[..., Sequence[Tensor]] = graph
         noise = Noise(0, range(len(x)), range(num_particles))
         if compile_it:
-            drawn = [noise.draw(s, e, x) for s, e in zip(self._sites, self._events, strict=True)]
-            self._run = compiled(graph, [*self._weights, x, *drawn])
+            self._run = compiled(graph, [*self._weights, x, *self._drawn(x, noise)])
         with torch.no_grad():
             (truth,) = chunks(model, guide, x, num_particles, chunk=num_particles, seed=0)
             _compare_terms(self(x, noise), truth)
@@ -477,9 +458,12 @@ class CompiledTerms:
 
     def __call__(self, x: Tensor, noise: Noise) -> LogTerms:
         """The terms of a chunk."""
-        drawn = [noise.draw(s, e, x) for s, e in zip(self._sites, self._events, strict=True)]
-        likelihood, prior, posterior, *z = self._run(*self._weights, x, *drawn)
-        return LogTerms(likelihood, prior, posterior, dict(zip(self._sites, z, strict=True)))
+        terms = self._run(*self._weights, x, *self._drawn(x, noise))
+        likelihood, prior, posterior, *z = terms
+        return LogTerms(likelihood, prior, posterior, dict(zip(self._events, z, strict=True)))
+
+    def _drawn(self, x: Tensor, noise: Noise) -> list[Tensor]:
+        return [noise.draw(site, event, x) for site, event in self._events.items()]
 
 
 def terms_kernel(
@@ -557,8 +541,8 @@ def _quiet_compiler() -> Iterator[None]:
 def compiled(graph: GraphModule, example: Sequence[Tensor]) -> Callable[..., Any]:
     """A traced graph compiled by Inductor for inputs like the example.
 
-    Not through ``torch.compile``, whose guards cost 0.15 ms a call where a whole step takes 1 ms:
-    shapes, types and devices are those that the graph was traced with.
+    Not through ``torch.compile``, whose guards would be asked at every call: shapes, types and
+    devices are those that the graph was traced with.
 
     Raises:
         NotTraceableError: if compilation fails.
@@ -713,5 +697,5 @@ def fits(split: Split, device: torch.device) -> bool:
 
 
 def has_compiler() -> bool:
-    """Whether `torch.compile` finds a C++ compiler."""
+    """Whether Inductor finds a C++ compiler."""
     return any(shutil.which(name) for name in ("g++", "clang++", "c++"))

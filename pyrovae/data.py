@@ -181,7 +181,7 @@ class Split:
     def noise(self, n: int, generator: torch.Generator) -> Tensor | None:
         """Random integers that ``sampled`` turns ``n`` images into x with; None for a fixed split.
 
-        A sixth of the cost of uniform numbers: each 64-bit draw is cut into four of 16 bits.
+        Cheaper than uniform numbers: each 64-bit draw is cut into four of 16 bits.
         """
         if self.sampling == "fixed":
             return None

@@ -213,12 +213,32 @@ class Traced:
             if self.weight is not None and kept is not None:
                 self.weight.value = kept
 
-    def verify(self, plan: Plan, x: Tensor, graph: GraphModule) -> None:
-        """Hold a graph of `loss_and_grads` against the Pyro objective, on the same noise.
+    def graph(self, plan: Plan, x: Tensor) -> GraphModule:
+        """`loss_and_grads` as a graph of (*params, *constants, x, *noise, weight).
 
         Raises:
-            NotTraceableError: if loss or a gradient differ.
+            NotTraceableError: where Python asks for the value of a tensor.
         """
+        params = [p.detach() for p in self.named.values()]
+        count, fixed = len(params), len(params) + len(self.constants)
+
+        def function(*flat: Tensor) -> tuple[Tensor | None, ...]:
+            noise = dict(zip(plan.noise, flat[fixed + 1 : -1], strict=True))
+            given = (flat[:count], flat[count:fixed], flat[fixed], noise, flat[-1])
+            loss, grads = self.loss_and_grads(*given)
+            return (loss, *grads)
+
+        noise = [torch.zeros(s, dtype=d, device=x.device) for s, d in plan.noise.values()]
+        weight = torch.ones((), dtype=torch.float64)
+        return trace(function, *params, *self.constants, x, *noise, weight)
+
+    def verify(self, plan: Plan, x: Tensor) -> None:
+        """Hold the traced loss and gradients against the Pyro objective, on the same noise.
+
+        Raises:
+            NotTraceableError: if loss or a gradient differ, or the programs cannot be traced.
+        """
+        graph = self.graph(plan, x)
         devices = [x.device] if x.is_cuda else []
         params = [p.detach() for p in self.named.values()]
         with torch.random.fork_rng(devices=devices), pyro.validation_enabled(False):
@@ -332,8 +352,10 @@ class TracedTerms:
             self._call(self.weights, x, draws)
         return Plan(draws.needs)
 
-    def graph(self, x: Tensor) -> tuple[GraphModule, list[str]]:
-        """A graph of (*weights, x, *noise) -> log p(x | z), log p(z), log q(z | x), *z; the sites.
+    def graph(self, x: Tensor) -> tuple[GraphModule, dict[str, torch.Size]]:
+        """A graph of (*weights, x, *noise) -> log p(x | z), log p(z), log q(z | x), *z.
+
+        With it, the sites that the noise and the draws belong to, and the event shape of each.
 
         Raises:
             NotTraceableError: where Python asks for the value of a tensor.
@@ -349,7 +371,7 @@ class TracedTerms:
         noise = [torch.zeros(s, dtype=d, device=x.device) for s, d in plan.noise.values()]
         with torch.no_grad():
             graph = trace(function, *self.weights, x, *noise)
-        return graph, [key.rpartition("/")[0] for key in plan.noise]
+        return graph, {key.rpartition("/")[0]: s[2:] for key, (s, _) in plan.noise.items()}
 
 
 def check_objective(objective: ELBO) -> None:

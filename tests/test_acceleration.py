@@ -11,7 +11,7 @@ import torch._inductor
 from pyro import poutine
 from pyro.infer import SVI, RenyiELBO, Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
 from test_grid import GRID, is_valid, settings
-from tiny import tiny_config, tiny_data, tiny_vae
+from tiny import tiny_config, tiny_data, tiny_vae, traced_svi
 from torch import nn
 
 from pyrovae import acceleration, objectives
@@ -23,7 +23,7 @@ from pyrovae.importance import chunks
 from pyrovae.objectives import KLWeight
 from pyrovae.optimizers import WholeModelOptimizer
 from pyrovae.proposals import Proposal
-from pyrovae.tracing import Draws, NotTraceableError, Traced, trace
+from pyrovae.tracing import Draws, NotTraceableError, Traced
 from pyrovae.training import fit
 
 
@@ -47,23 +47,6 @@ def noise_for(plan, seed=0):
     }
 
 
-def flat_graph(traced, plan, x):
-    """`loss_and_grads` as a traced graph of (params, constants, x, noise, weight)."""
-    weights = [p.detach() for p in traced.named.values()]
-    count, fixed = len(weights), len(traced.constants)
-
-    def function(*flat):
-        params, rest = flat[:count], flat[count:]
-        constants, rest = rest[:fixed], rest[fixed:]
-        noise = dict(zip(plan.noise, rest[1:-1], strict=True))
-        loss, grads = traced.loss_and_grads(params, constants, rest[0], noise, rest[-1])
-        return (loss, *grads)
-
-    zeros = [torch.zeros(shape, dtype=dtype) for shape, dtype in plan.noise.values()]
-    weight = torch.ones((), dtype=torch.float64)
-    return trace(function, *weights, *traced.constants, x, *zeros, weight)
-
-
 def first_rows(names):
     """Every prior and posterior with one likelihood, every likelihood with one of each."""
     plain = names[1:3] == ("standard-normal", "mean-field")
@@ -82,7 +65,7 @@ def test_loss_and_every_gradient_are_those_of_pyro(names):
     named = dict(vae.named_parameters())
     traced = Traced(vae.model, vae.guide, objective, named, vae, None)
     plan = traced.plan(x)
-    graph = flat_graph(traced, plan, x)
+    graph = traced.graph(plan, x)
     # Weights and noise that the graph was not traced with: nothing may have been folded into it.
     with torch.no_grad():
         for p in vae.parameters():
@@ -289,16 +272,7 @@ def test_the_moving_average_is_that_of_the_steps():
     average = {n: t.clone() for n, t in vae.state_dict().items()}
     truth = {n: t.clone() for n, t in average.items()}
     optim = WholeModelOptimizer(vae.named_parameters())
-    svi = CompiledSVI(
-        vae.model,
-        vae.guide,
-        optim,
-        objectives.elbo(),
-        module=vae,
-        split=data.train,
-        average=(average, 0.9),
-        mode="traced",
-    )
+    svi = traced_svi(vae, optim, split=data.train, average=(average, 0.9))
     for _ in range(5):
         svi.step(torch.arange(8))
         for name, t in vae.state_dict().items():
@@ -465,7 +439,7 @@ def test_a_step_that_fails_changes_nothing_and_is_found_again():
     vae = cfg.build(config, data)
     optim = WholeModelOptimizer(vae.named_parameters())
     optim.begin(1e-3, 8)
-    svi = CompiledSVI(vae.model, vae.guide, optim, objectives.elbo(), module=vae, mode="traced")
+    svi = traced_svi(vae, optim)
     xs = [data.train.batch(torch.arange(8), torch.Generator().manual_seed(i)) for i in range(6)]
     xs[3][2] = math.nan
     for x in xs[:3]:
@@ -605,16 +579,7 @@ def test_a_compiled_step_runs_its_products_in_tf32(monkeypatch):
     """The switch must be on while the graph runs, not only while it is traced."""
     vae, data = tiny_vae()
     optim = WholeModelOptimizer(vae.named_parameters())
-    svi = CompiledSVI(
-        vae.model,
-        vae.guide,
-        optim,
-        objectives.elbo(),
-        module=vae,
-        split=data.train,
-        mode="traced",
-        precision="tf32",
-    )
+    svi = traced_svi(vae, optim, split=data.train, precision="tf32")
     step, seen = svi.prepare(torch.arange(4)), []
     run = step.run
     step.run = lambda *args: seen.append(torch.get_float32_matmul_precision()) or run(*args)

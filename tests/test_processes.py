@@ -10,11 +10,10 @@ import time
 
 import pytest
 import torch
-from tiny import tiny_config, tiny_data
+from tiny import tiny_config, tiny_data, traced_svi
 
 from pyrovae import config as cfg
-from pyrovae import objectives, processes
-from pyrovae.acceleration import CompiledSVI
+from pyrovae import processes
 from pyrovae.errors import InputError
 from pyrovae.evaluation import evaluate
 from pyrovae.optimizers import WholeModelOptimizer
@@ -77,16 +76,7 @@ def steps(reduce, images, factor=1):
     data = tiny_data(config)
     vae = cfg.build(config, data)
     optim = WholeModelOptimizer(vae.named_parameters(), clip_norm=1.0)
-    svi = CompiledSVI(
-        vae.model,
-        vae.guide,
-        optim,
-        objectives.elbo(),
-        module=vae,
-        split=data.train,
-        mode="traced",
-        reduce=reduce,
-    )
+    svi = traced_svi(vae, optim, split=data.train, reduce=reduce)
     losses = []
     for i in range(5):
         optim.begin(1e-2, 6)

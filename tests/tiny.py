@@ -3,7 +3,9 @@
 import torch
 
 from pyrovae import config as cfg
-from pyrovae import data
+from pyrovae import data, objectives
+from pyrovae.acceleration import CompiledSVI
+from pyrovae.optimizers import WholeModelOptimizer
 from pyrovae.vae import VAE
 
 
@@ -29,3 +31,9 @@ def tiny_vae(**changes) -> tuple[VAE, data.Data]:
     config = tiny_config(**changes)
     dataset = tiny_data(config)
     return cfg.build(config, dataset), dataset
+
+
+def traced_svi(vae: VAE, optim: WholeModelOptimizer, **options) -> CompiledSVI:
+    """The ELBO's step of a VAE, traced and not compiled."""
+    elbo = objectives.elbo()
+    return CompiledSVI(vae.model, vae.guide, optim, elbo, module=vae, mode="traced", **options)

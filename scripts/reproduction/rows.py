@@ -52,7 +52,7 @@ PROTOCOLS = {
     "every likelihood that its levels allow; masses as they are, densities on dequantised levels.",
 }
 
-# Validation on 10,000 images costs as much as a third of an epoch.
+# Validation on 10,000 images is a good part of the cost of an epoch.
 _SELDOM: Settings = {"validate_every": 10}
 
 _MNIST: Settings = {"data": "mnist", "binarize": "dynamic", "valid_size": 1000}

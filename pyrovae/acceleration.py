@@ -33,7 +33,7 @@ from pyrovae.importance import (
     is_made_of_normals,
 )
 from pyrovae.objectives import KLWeight
-from pyrovae.optimizers import WholeModelOptimizer, corrections, moved, slots
+from pyrovae.optimizers import WholeModelOptimizer, after_step, corrections, moved, slots
 from pyrovae.proposals import Noise, Proposal
 from pyrovae.tracing import Draws, NotTraceableError, Plan, Traced
 
@@ -137,6 +137,7 @@ class CompiledSVI:
         """Take up the optimiser's state as it is; to be called after a checkpoint is loaded."""
         optimizer = self.optim.optimizer
         moments = [slots(optimizer, p) for p in self._params]
+        self._moments = [len(each) for each in moments]
         self.count = max((int(optimizer.state[p]["step"]) for p in self._params), default=0)
         """Steps taken so far, by the optimiser's count."""
         # Steps taken, as the device counts them, and the number of the first that failed, or 0.
@@ -144,8 +145,7 @@ class CompiledSVI:
         # What a step changes, in place: aliases of what module and optimiser hold.
         self._state = [
             *(p.detach() for p in self._params),
-            *(m for m, _ in moments),
-            *(v for _, v in moments),
+            *(moment for each in moments for moment in each),
             *(average for average in self._averages if average is not None),
             self.total,
             self._health,
@@ -173,7 +173,9 @@ class CompiledSVI:
         self._since.append(batch)
         # Products read the switch for tf32 when they run; bf16 is in the graph.
         with torch.no_grad(), networks_in(None, self.precision):
-            return step.run(batch, noise, self._row(images or size))
+            loss = step.run(batch, noise, self._row(images or size))
+        after_step(self.optim.optimizer, self.count)
+        return loss
 
     def prepare(self, batch: Tensor) -> "_Step":
         """Trace the step for batches like this one, if that has not been done."""
@@ -321,10 +323,11 @@ class CompiledSVI:
     def _update(
         self, state: Sequence[Tensor], loss: Tensor, grads: Sequence[Tensor | None], row: Tensor
     ) -> None:
-        count = len(self._params)
-        params, first, second = (state[i * count : (i + 1) * count] for i in range(3))
-        averages = iter(state[3 * count : -2])
-        total, health = state[-2:]
+        rest = iter(state)
+        params = [next(rest) for _ in self._params]
+        moments = [[next(rest) for _ in range(count)] for count in self._moments]
+        averages = [None if average is None else next(rest) for average in self._averages]
+        total, health = rest
         row = row.to(self._params[0].dtype)  # two numbers of float64 would make a third
         lr, divisors, images = row[0], (row[1], row[2]), row[4]
         grads = [None if g is None else g / images for g in grads]
@@ -338,18 +341,15 @@ class CompiledSVI:
         def put(old: Tensor, new: Tensor) -> None:
             old.copy_(torch.where(fine, new, old))
 
-        for p, grad, m, v, average in zip(
-            params, grads, first, second, self._averages, strict=True
-        ):
+        for p, grad, old, average in zip(params, grads, moments, averages, strict=True):
             new = p
             if grad is not None:
                 grad = grad if factor is None else grad * factor
-                new, *moments = moved(self.optim.optimizer, p, grad, (m, v), lr, divisors)
-                put(m, moments[0])
-                put(v, moments[1])
+                new, *values = moved(self.optim.optimizer, p, grad, old, lr, divisors)
+                for moment, value in zip(old, values, strict=False):
+                    put(moment, value)
             if average is not None:
-                kept = next(averages)
-                put(kept, torch.lerp(kept, new, 1 - self.decay))
+                put(average, torch.lerp(average, new, 1 - self.decay))
             if grad is not None:
                 put(p, new)
         put(total, total + loss)
@@ -382,7 +382,10 @@ class _Step:
                 differ.
         """
         rest, results = self._fixed[len(self.svi._state) :], []
-        count = len(self.svi._params)
+        # Of each parameter the first moment, which follows the parameters.
+        first = [
+            sum(self.svi._moments[:i], len(self.svi._params)) for i in range(len(self.svi._moments))
+        ]
         for compiling in (False, True):
             state = [t.clone() for t in self.svi._state]
             inputs, out = [*state, *rest, batch, *noise, row], row
@@ -392,7 +395,7 @@ class _Step:
                 with torch.no_grad():
                     out = self._graphs[i](*inputs)
                 inputs = [*state, out, row]
-            results.append([out, *state[count : 2 * count]])
+            results.append([out, *(state[i] for i in first)])
         for theirs, ours in zip(*results, strict=True):
             tracing.compare("a result of the compiled step", ours, theirs, "the traced one's")
 

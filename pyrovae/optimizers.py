@@ -1,7 +1,7 @@
 """One torch optimiser over all parameters, in the form that `pyro.infer.SVI` expects."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -9,11 +9,13 @@ from pyro.optim import PyroOptim
 from torch import Tensor, nn
 
 from pyrovae.errors import InputError
+from pyrovae.shampoo import Shampoo, adam
 
 OPTIMIZERS: dict[str, Any] = {
     "adam": torch.optim.Adam,
     "adamw": torch.optim.AdamW,
     "adamax": torch.optim.Adamax,
+    "shampoo": Shampoo,
 }
 
 
@@ -26,7 +28,7 @@ class WholeModelOptimizer(PyroOptim):
 
     Args:
         named_parameters: what to train, ``module.named_parameters()``.
-        name: "adam", "adamw" or "adamax".
+        name: "adam", "adamw", "adamax" or "shampoo".
         weight_decay: passed to the optimiser.
         clip_norm: largest norm of the gradient of the mean loss; None: no clipping.
         lr: learning rate, until `begin` sets another.
@@ -54,7 +56,7 @@ class WholeModelOptimizer(PyroOptim):
         # SVI's base class reads and saves this mapping; it stays empty.
         self.optim_objs: dict[Any, Any] = {}
         options: dict[str, Any] = {"weight_decay": weight_decay, "betas": betas, "eps": eps}
-        if name != "adamax":
+        if name in ("adam", "adamw"):
             options["fused"] = True
         self.optimizer: torch.optim.Optimizer = OPTIMIZERS[name](
             list(self.named.values()), lr=lr, **options
@@ -114,8 +116,13 @@ def _reduce(reduce: Callable[[Tensor], object], grads: list[Tensor]) -> None:
         g.copy_(total.view_as(g))
 
 
-def slots(optimizer: torch.optim.Optimizer, p: Tensor) -> tuple[Tensor, Tensor]:
-    """The two running moments of a parameter, made and stored as the optimiser itself does."""
+def slots(optimizer: torch.optim.Optimizer, p: Tensor) -> tuple[Tensor, ...]:
+    """The running moments of a parameter, made and stored as the optimiser itself does.
+
+    The first one is linear in the gradients; a step may leave the last as they are.
+    """
+    if isinstance(optimizer, Shampoo):
+        return optimizer.slots(p)
     names = _SLOTS[type(optimizer)]
     state = optimizer.state[p]
     if not state:
@@ -138,27 +145,34 @@ def moved(
     optimizer: torch.optim.Optimizer,
     p: Tensor,
     grad: Tensor,
-    moments: tuple[Tensor, Tensor],
+    moments: Sequence[Tensor],
     lr: Tensor,
     corrections: tuple[Tensor, Tensor],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One update as a pure function: the parameter and its moments after the step.
+) -> tuple[Tensor, ...]:
+    """One update as a pure function: the parameter and those moments that the step moves.
 
     The same arithmetic as the torch optimiser's, with the learning rate and the bias corrections
     as tensors, so that a traced step need not be traced again when they change.
     """
+    if isinstance(optimizer, Shampoo):
+        return optimizer.moved(p, grad, moments, lr, corrections)
     options = optimizer.defaults
     (first, second), eps, decay = options["betas"], options["eps"], options["weight_decay"]
     if decay and isinstance(optimizer, torch.optim.AdamW):
         p = p * (1 - lr * decay)
     elif decay:
         grad = grad + decay * p
-    m = torch.lerp(moments[0], grad, 1 - first)
     if isinstance(optimizer, torch.optim.Adamax):
+        m = torch.lerp(moments[0], grad, 1 - first)
         v = torch.maximum(moments[1] * second, grad.abs() + eps)
         return p - lr / corrections[0] * m / v, m, v
-    v = moments[1] * second + (1 - second) * grad * grad
-    return p - lr / corrections[0] * m / (v.sqrt() / corrections[1] + eps), m, v
+    return adam(p, grad, moments, lr, corrections, (first, second), eps)
+
+
+def after_step(optimizer: torch.optim.Optimizer, step: int) -> None:
+    """What the optimiser does between steps, and no graph holds: Shampoo's roots."""
+    if isinstance(optimizer, Shampoo):
+        optimizer.renew(step)
 
 
 _SLOTS: dict[type[torch.optim.Optimizer], tuple[str, str]] = {

@@ -49,10 +49,11 @@ PRESETS: dict[str, Preset] = {
         },
     ),
     "modern": Preset(
-        "larger batches, warm-up and cosine decay, and averaged weights",
+        "shampoo, quieter gradients, larger batches, warm-up and cosine decay, averaged weights",
         {
             "batch_size": 128,
-            "optimizer": "adam",
+            "objective": "stl",
+            "optimizer": "shampoo",
             "lr": 3e-3,
             "schedule": "cosine",
             "warmup_epochs": 1.0,

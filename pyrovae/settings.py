@@ -39,7 +39,7 @@ NAMES: dict[str, tuple[str, ...]] = {
         "celeba",
         "binarized-mnist",
     ),
-    "optimizer": ("adam", "adamw", "adamax"),
+    "optimizer": ("adam", "adamw", "adamax", "shampoo"),
     "schedule": ("constant", "cosine", "iwae"),
     "preset": ("iwae", "iwae-2layer", "modern", "exemplar"),
     "binarize": ("auto", "none", "dynamic", "static", "threshold"),
@@ -192,7 +192,11 @@ class TrainConfig:
 
     epochs: int = _setting(100, "passes over the training images, in total", least=1)
     batch_size: int = _setting(128, "images a step", least=1)
-    optimizer: str = _setting("adam", "adam, adamw or adamax", names="optimizer")
+    optimizer: str = _setting(
+        "adam",
+        "shampoo: a matrix of second moments for each weight; fewer, dearer steps",
+        names="optimizer",
+    )
     lr: float = _setting(1e-3, "learning rate", above=0)
     adam_betas: tuple[float, ...] = _setting(
         (0.9, 0.999), "decays of the optimiser's two running moments", least=0, below=1

@@ -86,7 +86,7 @@ def fit(
         objective: a Pyro ELBO; default `objectives.elbo()`.
         epochs: passes over the training split, in total (also when resuming).
         batch_size: images a step; the last batch of an epoch may be smaller.
-        optimizer: "adam", "adamw" or "adamax".
+        optimizer: "adam", "adamw", "adamax" or "shampoo".
         lr: learning rate.
         adam_betas: decays of the optimiser's two running moments.
         adam_eps: added to the root of the second moment; of "adam" and "adamw" alone.

@@ -122,6 +122,8 @@ CASES = {
     "adamw, decay": {"name": "adamw", "weight_decay": 0.1},
     "adam, decay and clipping": {"weight_decay": 0.1, "clip_norm": 0.5},
     "adamax": {"name": "adamax"},
+    "shampoo": {"name": "shampoo"},
+    "shampoo, decay and clipping": {"name": "shampoo", "weight_decay": 0.1, "clip_norm": 0.5},
     "other betas": {"betas": (0.99, 0.95), "eps": 1e-4},
 }
 
@@ -183,7 +185,10 @@ def assert_agree(svi, losses, expected, ours, theirs, optim, other, average):
         assert torch.allclose(a, b, rtol=1e-4, atol=2e-5), name
         assert not torch.equal(ema[name], a), name
         for key, value in optim.optimizer.state[a].items():
-            assert torch.allclose(value, other.optimizer.state[b][key], rtol=1e-3, atol=1e-6), key
+            # An inverse root enlarges what rounding did to the second moment that it is made of.
+            near = 1e-2 * value.abs().max() if key == "root" else 1e-6
+            expected = other.optimizer.state[b][key]
+            assert torch.allclose(value, expected, rtol=1e-3, atol=float(near)), key
 
 
 @pytest.mark.parametrize("objective", objectives.REGISTRY)

@@ -3,7 +3,7 @@
 from typing import Any, NamedTuple
 
 # What is decided in one place: how long each table is trained, and K of its evaluation on test.
-EPOCHS = {"iwae": 500, "static": 100, "exemplar": 120, "likelihoods": 20, "clothing64": 20}
+EPOCHS = {"iwae": 200, "static": 40, "exemplar": 60, "likelihoods": 10, "clothing64": 3}
 PARTICLES = {"iwae": 5000, "static": 5000, "exemplar": 5000, "likelihoods": 100, "clothing64": 16}
 
 Settings = dict[str, Any]
@@ -66,6 +66,7 @@ _TWO_LAYERS: Settings = {
 
 
 def _bound(objective: str, k: int) -> Settings:
+    """The bound of k draws; of the ELBO and of IWAE's by their quieter gradients, stl and dreg."""
     return {} if k == 1 else {"objective": objective, "num_particles": k}
 
 
@@ -83,12 +84,12 @@ def _iwae() -> list[Row]:
     two: Settings = {"preset": "modern", **_MNIST, **_TWO_LAYERS}
     return [
         _burda("vae-k1", "VAE, 1 layer, k = 1", 86.76, one),
-        _burda("iwae-k5", "IWAE, 1 layer, k = 5", 85.54, one | _bound("iwae", 5)),
-        _burda("vae-k5", "VAE, 1 layer, k = 5", 86.47, one | _bound("elbo", 5)),
-        _burda("iwae-k50", "IWAE, 1 layer, k = 50", 84.78, one | _bound("iwae", 50), gpu=True),
+        _burda("iwae-k5", "IWAE, 1 layer, k = 5", 85.54, one | _bound("dreg", 5)),
+        _burda("vae-k5", "VAE, 1 layer, k = 5", 86.47, one | _bound("stl", 5)),
+        _burda("iwae-k50", "IWAE, 1 layer, k = 50", 84.78, one | _bound("dreg", 50), gpu=True),
         _burda("2layer-k1", "VAE, 2 layers, k = 1", 85.33, two, gpu=True),
-        _burda("2layer-k5", "IWAE, 2 layers, k = 5", 83.89, two | _bound("iwae", 5), gpu=True),
-        _burda("2layer-k50", "IWAE, 2 layers, k = 50", 82.90, two | _bound("iwae", 50), gpu=True),
+        _burda("2layer-k5", "IWAE, 2 layers, k = 5", 83.89, two | _bound("dreg", 5), gpu=True),
+        _burda("2layer-k50", "IWAE, 2 layers, k = 50", 82.90, two | _bound("dreg", 50), gpu=True),
         _burda(
             "released-k1",
             "VAE, 1 layer, k = 1, the released 3,280 epochs",
@@ -110,7 +111,7 @@ def _static() -> list[Row]:
     one: Settings = {"preset": "modern", "data": "binarized-mnist", **_ONE_LAYER}
     return [
         _burda("vae-k1", "VAE, 1 layer, k = 1", 88.71, one, "static"),
-        _burda("iwae-k5", "IWAE, 1 layer, k = 5", 87.63, one | _bound("iwae", 5), "static"),
+        _burda("iwae-k5", "IWAE, 1 layer, k = 5", 87.63, one | _bound("dreg", 5), "static"),
     ]
 
 

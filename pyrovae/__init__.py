@@ -29,6 +29,7 @@ _HOME = {
 }
 _MODULES = (
     "annealing",
+    "autoencoder",
     "cli",
     "comparison",
     "config",
@@ -58,6 +59,7 @@ _MODULES = (
     "report",
     "runs",
     "scoring",
+    "shampoo",
     "sharing",
     "tracking",
     "training",

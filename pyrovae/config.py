@@ -83,6 +83,8 @@ def resolve(config: TrainConfig) -> TrainConfig:
 
     likelihood = likelihoods.REGISTRY[config.likelihood]
     changes: dict[str, Any] = {}
+    if config.model == "autoencoder":
+        config = _autoencoder(config)
     if config.binarize == "auto":
         changes["binarize"] = "dynamic" if config.likelihood == "bernoulli" else "none"
         if config.data == "binarized-mnist":
@@ -133,6 +135,38 @@ def resolve(config: TrainConfig) -> TrainConfig:
     return config
 
 
+def _autoencoder(config: TrainConfig) -> TrainConfig:
+    """Give an autoencoder its squared error; refuse settings of a probability model.
+
+    A default that was said aloud looks like one that was not, and is taken as such.
+    """
+    from pyrovae.autoencoder import SCALE
+
+    # A resumed run has these two already.
+    stored = config.likelihood == "gaussian" and config.likelihood_args == {"scale": SCALE}
+    names = ["prior", "prior_args", "posterior", "posterior_args", "objective", "num_particles"]
+    names += ["beta", "kl_warmup", "free_bits"]
+    if not stored:
+        names += ["likelihood", "likelihood_args"]
+    default = TrainConfig()
+    for name in names:
+        value = getattr(config, name)
+        if value != getattr(default, name):
+            flag = "--" + name.replace("_", "-")
+            raise InputError(
+                f"{flag} is a part of a probability model, and an autoencoder is none; leave "
+                f"{flag} at its default ({_said(getattr(default, name))}), or use --model vae"
+            )
+    dequantize = "none" if config.dequantize == "auto" else config.dequantize
+    return dataclasses.replace(
+        config, likelihood="gaussian", likelihood_args={"scale": SCALE}, dequantize=dequantize
+    )
+
+
+def _said(value: Any) -> str:
+    return "none" if value == {} else str(value)
+
+
 def _check_optimizer(config: TrainConfig) -> None:
     """Refuse settings of the optimiser that clash, or that it has no use for."""
     if config.schedule_epochs is not None and config.schedule != "cosine":
@@ -158,11 +192,11 @@ def _check_optimizer(config: TrainConfig) -> None:
 
 def _check_model(config: TrainConfig) -> None:
     """Refuse settings that the model has no use for, or no meaning of."""
-    if config.model == "vae":
+    if config.model != "hierarchical":
         if config.model_args:
             raise InputError(
-                "--model-args describes a hierarchy, and --model vae has none; leave it out, or "
-                "use --model hierarchical"
+                f"--model-args describes a hierarchy, and --model {config.model} has none; leave "
+                "it out, or use --model hierarchical"
             )
         return
     from pyrovae.layers import Layers
@@ -261,6 +295,14 @@ def _build(
             layers = _construct("--model", Layers, config.model_args, ())
             vae: VAE = stack(
                 layers, likelihood, make_prior, config.network, posterior=make_posterior, **shape
+            )
+        elif config.model == "autoencoder":
+            from pyrovae.autoencoder import Autoencoder, Point
+
+            vae = Autoencoder(
+                Point(pair.encoder(x_shape, **shape), config.latent_dim),
+                pair.decoder(config.latent_dim, likelihood.params_shape, **shape),
+                x_shape,
             )
         else:
             posterior = make_posterior(pair.encoder(x_shape, **shape), config.latent_dim)

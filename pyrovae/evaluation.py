@@ -232,6 +232,7 @@ def evaluate(
     https://arxiv.org/abs/1509.00519
     """
     started = time.perf_counter()
+    importance.check_has_density(vae)
     if num_particles < 1:
         raise InputError(f"num_particles must be at least 1, got {num_particles}")
     if device is not None:

@@ -24,6 +24,7 @@ from pyrovae.data import Split
 from pyrovae.errors import InputError
 from pyrovae.evaluation import active_units
 from pyrovae.explore_specs import Spec, decoder_spec, likelihood_spec
+from pyrovae.importance import check_has_density
 from pyrovae.plots import is_picture
 from pyrovae.runs import Run, atomic_path
 from pyrovae.vae import VAE
@@ -73,6 +74,7 @@ def write_explorer(
     say = progress or (lambda _: None)
     config = cfg.run_config(run)
     vae = cfg.load(run)
+    check_has_density(vae)
     _check_pictures(vae)
     split = cfg.data_of(run, data_root).test
     say(f"encoding  {_num_points(vae, split):,} test images")

@@ -267,6 +267,15 @@ class Plan(NamedTuple):
     particles: int
 
 
+def check_has_density(programs: Any) -> None:
+    """Raise InputError for programs that say of themselves that they have no p(x)."""
+    if not getattr(programs, "has_density", True):
+        raise InputError(
+            "an autoencoder has no p(z), and so no p(x) to estimate; train a VAE "
+            "on the same data: --model vae --likelihood gaussian"
+        )
+
+
 def plan(
     model: Program,
     guide: Program,

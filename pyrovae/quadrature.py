@@ -382,6 +382,7 @@ def evaluate(
         InputError: as `quadrature`, and for data outside the likelihood's support.
     """
     started = time.perf_counter()
+    importance.check_has_density(vae)
     if device is not None:
         vae.to(device)
     here = next((p.device for p in vae.parameters()), torch.device("cpu"))

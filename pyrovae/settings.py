@@ -21,7 +21,7 @@ NAMES: dict[str, tuple[str, ...]] = {
         "discretized-logistic-mixture",
         "categorical",
     ),
-    "model": ("vae", "hierarchical"),
+    "model": ("vae", "hierarchical", "autoencoder"),
     "prior": ("standard-normal", "mixture", "vamp", "flow"),
     "posterior": ("mean-field", "full-rank", "flow"),
     "network": ("mlp", "gated-mlp", "conv28", "conv64", "residual"),
@@ -149,7 +149,10 @@ class TrainConfig:
     )
 
     model: str = _setting(
-        "vae", "one layer of latents, or a hierarchy of them", names="model", group="model"
+        "vae",
+        "one layer of latents, a hierarchy of them, or squared error without any probability",
+        names="model",
+        group="model",
     )
     model_args: Options = _setting(  # noqa: RUF009
         {},

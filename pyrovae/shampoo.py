@@ -137,9 +137,11 @@ def _wide(p: Tensor) -> Tensor:
 
 
 def inverse_root(second: Tensor) -> Tensor:
-    """S^(-1/2) of a positive semi-definite S (m, m), to whose eigenvalues 1e-4 of the largest is added.
+    """S^(-1/2) of a positive semi-definite S (m, m).
 
-    >>> inverse_root(torch.tensor([[4.0, 0.0], [0.0, 0.25]]))
+    To its eigenvalues 1e-4 of the largest is added: directions without gradient stay finite.
+
+    >>> inverse_root(torch.tensor([[4.0, 0.0], [0.0, 0.25]])).round(decimals=1)
     tensor([[0.5000, 0.0000],
             [0.0000, 2.0000]])
     """

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import count
-from typing import Any
+from typing import Any, ClassVar
 
 import pyro
 import torch
@@ -46,6 +46,9 @@ class VAE(nn.Module):
     >>> vae.generate(3, seed=0).shape
     torch.Size([3, 1, 8, 8])
     """
+
+    has_density: ClassVar[bool] = True
+    """Whether there is a p(x); if not, whatever estimates it refuses."""
 
     def __init__(
         self, *, prior: Prior, posterior: Posterior, decoder: nn.Module, likelihood: Likelihood

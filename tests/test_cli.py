@@ -325,7 +325,7 @@ def test_pictures(command: str, here: Path) -> None:
 
 REGISTRIES: dict[str, Any] = {
     "likelihood": likelihoods.REGISTRY,
-    "model": hierarchical.REGISTRY,
+    "model": (*hierarchical.REGISTRY, "autoencoder"),
     "prior": priors.REGISTRY,
     "posterior": posteriors.REGISTRY,
     "network": networks.REGISTRY,

@@ -12,6 +12,7 @@ from pyrovae.cli import settings
 from pyrovae.commands.output import check_writable, progress, say, show
 from pyrovae.comparison import checkpoint_digest, run_split
 from pyrovae.errors import InputError
+from pyrovae.importance import check_has_density
 from pyrovae.runs import Run, load_checkpoint
 from pyrovae.settings import AnnealConfig
 from pyrovae.training import resolve_device
@@ -32,6 +33,7 @@ def anneal(args: argparse.Namespace) -> int:
     device = resolve_device(config.device)
     run = Run(args.run)
     vae = cfg.load(run, device=str(device))
+    check_has_density(vae)
     split = run_split(run, config.split, seed=config.seed, data_root=config.data_root)
     state = _state(args.state, run, config, device.type)
     if args.restart and state.exists():

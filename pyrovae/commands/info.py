@@ -88,6 +88,11 @@ def _run_facts(run: Run) -> str:
 
 def describe(config: cfg.TrainConfig, vae: VAE) -> str:
     """The choices of a model in one line."""
+    if config.model == "autoencoder":
+        return (
+            f"autoencoder, squared error, {config.network} network, {vae.layout} latents, "
+            f"{count(vae):,} parameters"
+        )
     return (
         f"{config.likelihood} likelihood, {config.network} network, "
         f"{config.posterior} posterior, {config.prior} prior, {vae.layout} latents, "

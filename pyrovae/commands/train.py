@@ -90,11 +90,18 @@ def _train(args: argparse.Namespace, given: dict[str, Any]) -> int:
         interrupts.immediate = True
         if history.stopped == "patience":
             say(f"stopped early: no better validation ELBO in {config.patience} epochs", args.quiet)
-        best = f"epoch {history.best_epoch}, validation ELBO {history.best_elbo:.3f}"
+        bound = f"ELBO {history.best_elbo:.3f}"
+        if not vae.has_density:
+            bound = f"squared error {-history.best_elbo:.3f}"
+        best = f"epoch {history.best_epoch}, validation {bound}"
         say(f"best      {best}", args.quiet)
         if processes.is_first():
             _draw_pictures(run, vae, dataset, history.metrics)
         result = None
+        if not vae.has_density:
+            _say_error(vae, dataset)
+            say(f"next      pyrovae interpolate {quoted(run.path)}", args.quiet)
+            return 0
         if config.final_particles:
             result = run_evaluation(vae, dataset.test, config.final_particles)
         if result is not None and processes.is_first():
@@ -103,6 +110,22 @@ def _train(args: argparse.Namespace, given: dict[str, Any]) -> int:
             show(str(result))
     say(f"next      pyrovae evaluate {quoted(run.path)} --num-particles 5000", args.quiet)
     return 0
+
+
+def _say_error(vae: VAE, dataset: data.Data) -> None:
+    """What stands for an evaluation where there is no p(x) to evaluate."""
+    x = dataset.test.tensor()
+    device = next(vae.parameters()).device
+    errors = torch.cat(
+        [
+            (part - vae.reconstruct(part.to(device)).cpu()).square().flatten(1).sum(1)
+            for part in x.split(500)
+        ]
+    ).double()
+    se = float(errors.std()) / len(errors) ** 0.5
+    text = f"{float(errors.mean()):.4f} ± {se:.4f} an image, on the {len(x):,} of the test split"
+    show(f"squared error      {text}")
+    show("log p(x)           none: an autoencoder is no probability model")
 
 
 _FIT_SETTINGS = (

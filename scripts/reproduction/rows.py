@@ -3,7 +3,7 @@
 from typing import Any, NamedTuple
 
 # What is decided in one place: how long each table is trained, and K of its evaluation on test.
-EPOCHS = {"iwae": 200, "static": 40, "exemplar": 60, "likelihoods": 10, "clothing64": 3}
+EPOCHS = {"iwae": 200, "static": 40, "exemplar": 40, "likelihoods": 10, "clothing64": 3}
 PARTICLES = {"iwae": 5000, "static": 5000, "exemplar": 5000, "likelihoods": 100, "clothing64": 16}
 
 Settings = dict[str, Any]

@@ -131,6 +131,7 @@ class CompiledSVI:
         """The losses of all steps, summed; set it to what it should start from."""
         self._averages = _averages(average, module, self._params)
         self._steps: dict[int, _Step] = {}
+        self._unused: list[bool] = []
         self.bind()
 
     def bind(self) -> None:
@@ -208,7 +209,12 @@ class CompiledSVI:
         for p in self._params:
             self.optim.optimizer.state[p]["step"].fill_(self.count)
         stream = self.generator.get_state()
-        return {"mode": self.mode, "device": self.device.type, "stream": stream}
+        return {
+            "mode": self.mode,
+            "device": self.device.type,
+            "stream": stream,
+            "by_index": self.split is not None,
+        }
 
     def restore(self, saved: dict[str, Any]) -> None:
         """Take up a checkpoint, once the optimiser has; exact on the same kind of device."""
@@ -294,6 +300,7 @@ class CompiledSVI:
     def _local(self, flat: Sequence[Tensor], keys: list[str]) -> Tensor:
         """This process's share: loss and gradients as one vector."""
         loss, grads = self._loss_and_grads(flat, keys)
+        self._unused = [g is None for g in grads]
         whole = zip(self._params, grads, strict=True)
         parts = [torch.zeros_like(p) if g is None else g for p, g in whole]
         return torch.cat([loss.reshape(1), *(g.reshape(-1) for g in parts)])
@@ -303,7 +310,12 @@ class CompiledSVI:
         *state, vector, row = flat
         loss, rest = vector[0], vector[1:]
         sizes = [p.numel() for p in self._params]
-        grads = [g.view_as(p) for g, p in zip(rest.split(sizes), self._params, strict=True)]
+        # A parameter that the programs do not use has no gradient, which is not a gradient of 0:
+        # weight decay would shrink it.
+        grads = [
+            None if unused else g.view_as(p)
+            for g, p, unused in zip(rest.split(sizes), self._params, self._unused, strict=True)
+        ]
         self._update(state, loss, grads, row)
         return loss.clone()
 
@@ -398,15 +410,24 @@ class _Step:
             results.append([out, *(state[i] for i in first)])
         for theirs, ours in zip(*results, strict=True):
             tracing.compare("a result of the compiled step", ours, theirs, "the traced one's")
+        if self._capture:
+            try:
+                self._captured(batch, noise, row)
+            except RuntimeError as error:  # while another engine can still be taken
+                reason = str(error).strip().split("\n")[0]
+                raise NotTraceableError(f"the step cannot be captured: {reason}") from error
 
     def run(self, batch: Tensor, noise: list[Tensor], row: Tensor) -> Tensor:
         """One step; the loss summed over the batch."""
         if self._capture:
-            if self._replay is None:
-                with _quiet_compiler():
-                    self._replay = captured(self._call, self.svi._state, [batch, *noise, row])
-            return self._replay(batch, *noise, row)
+            return self._captured(batch, noise, row)(batch, *noise, row)
         return self._call(batch, *noise, row.to(self.svi.device, non_blocking=True))
+
+    def _captured(self, batch: Tensor, noise: list[Tensor], row: Tensor) -> Callable[..., Tensor]:
+        if self._replay is None:
+            with _quiet_compiler():
+                self._replay = captured(self._call, self.svi._state, [batch, *noise, row])
+        return self._replay
 
     def _call(self, *inputs: Tensor) -> Tensor:
         first = self._graphs[0](*self._fixed, *inputs)
@@ -622,16 +643,23 @@ def networks_in(module: Any, precision: str) -> Iterator[None]:
     """
     if precision not in PRECISIONS:
         raise InputError(f"--precision expects one of {', '.join(PRECISIONS)}; got {precision!r}")
-    if precision == "tf32":
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("high")
-        try:
+    # cuDNN's convolutions have a switch of their own, which torch leaves on.
+    before, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    try:
+        with _rounding(module if precision == "bf16" else None):
             yield
-        finally:
-            torch.set_float32_matmul_precision(before)
-        return
+    finally:
+        torch.set_float32_matmul_precision(before)
+        torch.backends.cudnn.allow_tf32 = convolutions
+
+
+@contextmanager
+def _rounding(module: Any) -> Iterator[None]:
+    """Let the layers of a module compute in bfloat16; None: nobody's."""
     layers: list[nn.Module] = []
-    if precision == "bf16" and module is not None:
+    if module is not None:
         kinds = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
         layers = [layer for layer in module.modules() if isinstance(layer, kinds)]
     own = [vars(layer).get("forward") for layer in layers]
@@ -685,10 +713,10 @@ def choose(engine: str, device: torch.device, steps: int) -> tuple[str, str]:
     return "compiled", f"{steps:,} steps repay the compilation"
 
 
-def mode_of(checkpoint: dict[str, Any]) -> str:
-    """The engine that a checkpoint was written by."""
+def mode_of(checkpoint: dict[str, Any]) -> tuple[str, bool | None]:
+    """The engine that a checkpoint was written by, and whether it drew its batches itself."""
     engine = checkpoint.get("engine")
-    return "svi" if engine is None else engine["mode"]
+    return ("svi", None) if engine is None else (engine["mode"], engine.get("by_index"))
 
 
 def fits(split: Split, device: torch.device) -> bool:

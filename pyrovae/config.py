@@ -312,6 +312,8 @@ def _build(
                 decoder=pair.decoder(config.latent_dim, likelihood.params_shape, **shape),
                 likelihood=likelihood,
             )
+        if config.init_gain != 1.0:
+            networks.scale_hidden(vae, config.init_gain)
         if data is not None:
             count = min(_INITIAL_IMAGES, max(64, _INITIAL_NUMBERS // math.prod(x_shape)))
             generator = torch.Generator().manual_seed(config.seed)

@@ -22,15 +22,14 @@ Shape = tuple[int, ...]
 
 
 class Activation(NamedTuple):
-    """An activation, and the gain of a layer that is followed by it."""
+    """An activation and the gain that keeps the size of a signal passing through it."""
 
     module: type[nn.Module]
     gain: float
 
 
-# The gain keeps the size of a signal that passes through many layers: near 0, gelu and silu halve
-# it, where relu halves its variance. Tanh starts well inside its linear part instead, for its
-# networks here are shallow, and learn faster from there.
+# Near 0, gelu and silu halve a signal, where relu halves its variance: with the gain of relu the
+# signal would fade in a deep network.
 ACTIVATIONS: dict[str, Activation] = {
     "elu": Activation(nn.ELU, 1.0),
     "gelu": Activation(nn.GELU, 1.8),
@@ -38,7 +37,7 @@ ACTIVATIONS: dict[str, Activation] = {
     "relu": Activation(nn.ReLU, sqrt(2.0)),
     "silu": Activation(nn.SiLU, 1.8),
     "softplus": Activation(nn.Softplus, 1.0),
-    "tanh": Activation(nn.Tanh, 0.4),
+    "tanh": Activation(nn.Tanh, 1.0),
 }
 
 # A decoder that starts near zero starts from the likelihood's plainest distribution, so the first
@@ -114,6 +113,24 @@ def dense_layers(sizes: Sequence[int], activation: str) -> list[nn.Module]:
     return layers
 
 
+@torch.no_grad()
+def scale_hidden(module: nn.Module, factor: float) -> None:
+    """Multiply the weights of every hidden layer in the networks of a module by a factor.
+
+    Raises:
+        InputError: if the factor is not a positive number.
+    """
+    if not 0 < factor < float("inf"):
+        raise InputError(f"--init-gain expects a positive number, got {factor}")
+    kinds = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
+    for network in module.modules():
+        if isinstance(network, Network):
+            last = network.layers[-1] if isinstance(network, Decoder) else None
+            for layer in network.modules():
+                if isinstance(layer, kinds) and layer is not last:
+                    layer.weight.mul_(factor)
+
+
 class GatedLinear(nn.Module):
     """A linear layer that opens and closes its own outputs: h = (W x + b) * sigmoid(V x + c)."""
 
@@ -157,6 +174,7 @@ class Network(nn.Module, ABC):
     x_shapes: ClassVar[str] = "any"
     default_hidden: ClassVar[Shape]
     default_activation: ClassVar[str | None] = None
+    layers: nn.Sequential
 
     def __init__(self, hidden: Sequence[int] | None, activation: str | None) -> None:
         super().__init__()

@@ -173,6 +173,13 @@ class TrainConfig:
     activation: str | None = _setting(
         None, "between layers (default: the network's own)", names="activation", group="model"
     )
+    init_gain: float = _setting(
+        1.0,
+        "size of the hidden layers' first weights, in units of the usual: tanh networks trained "
+        "for long do better from 0.4, for a short time from 1",
+        above=0,
+        group="model",
+    )
     latent_dim: int = _setting(50, "dimensions of z", least=1, group="model")
     prior: str = _setting("standard-normal", "p(z)", names="prior", group="model")
     prior_args: Options = _setting(  # noqa: RUF009

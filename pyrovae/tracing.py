@@ -160,13 +160,25 @@ class Traced:
         self._loss = _Weighted(inner, self._losses)
 
     def plan(self, x: Tensor) -> Plan:
-        """Run the programs once, to learn what noise they need for x (B, *x_shape)."""
+        """Run the programs once, to learn what noise they need for x (B, *x_shape).
+
+        Raises:
+            NotTraceableError: if they change a buffer.
+        """
         draws = Draws()
         devices = [x.device] if x.is_cuda else []
         params = [p.detach().requires_grad_() for p in self.named.values()]
         weight = torch.ones((), dtype=torch.float64, device=x.device)
         with torch.random.fork_rng(devices=devices), pyro.validation_enabled(False):
+            before = [t.clone() for t in self.constants]
             self._call(params, self.constants, x, draws, weight)
+        for name, old, now in zip(self._constant_names, before, self.constants, strict=True):
+            if not torch.equal(old, now):
+                now.copy_(old)
+                raise NotTraceableError(
+                    f"a step changes {name}, which is no parameter (as batch normalisation does), "
+                    "and the traced step would not"
+                )
         return Plan(draws.needs)
 
     def loss_and_grads(

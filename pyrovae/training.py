@@ -132,6 +132,11 @@ def fit(
 
     vae.to(device)
     _check_processes(vae, min(batch_size, len(data.train)))
+    if free_bits > 0 and processes.count() > 1:
+        raise InputError(
+            "--free-bits puts a floor under the KL averaged over the whole batch, of which each "
+            "process has a part; train it with one process, or leave it at 0"
+        )
     loop = Loop(vae, data, device, run)
     loop.optimizer = WholeModelOptimizer(
         vae.named_parameters(),
@@ -159,8 +164,10 @@ def fit(
     model, guide = objectives.with_handlers(
         vae.model, vae.guide, objective, weight=weight, free_nats=free_bits
     )
-    if resume and run is not None and engine == "auto":
-        engine = acceleration.mode_of(load_checkpoint(run.last))
+    by_index = None
+    if resume and run is not None:
+        mode, by_index = acceleration.mode_of(load_checkpoint(run.last))
+        engine = mode if engine == "auto" else engine
         if engine == "cuda-graph" and device.type != "cuda":
             engine = "compiled"
     metrics_log: list[Metrics] = []
@@ -177,6 +184,7 @@ def fit(
             precision=precision,
             seed=mix(seed, "engine", *own_part()),
             batch_size=batch_size,
+            by_index=by_index,
         )
         if say is not None:
             say(engine_line)
@@ -254,6 +262,7 @@ def _engine(
     precision: str,
     seed: int,
     batch_size: int,
+    by_index: bool | None,
 ) -> tuple[SVI | CompiledSVI, str]:
     """The engine of that name, and a line that says which it is, and why."""
     model, guide, objective = programs
@@ -262,13 +271,15 @@ def _engine(
     if chosen == "svi":
         return svi, f"svi: {why}"
     train = loop.data.train
+    # A resumed run draws as it did before, whatever memory is free now: two streams differ.
+    by_index = acceleration.fits(train, loop.device) if by_index is None else by_index
     compiled = CompiledSVI(
         model,
         guide,
         loop.optimizer,
         objective,
         module=loop.vae,  # type: ignore[arg-type]
-        split=train if acceleration.fits(train, loop.device) else None,
+        split=train if by_index else None,
         weight=weight,
         average=None if loop.ema is None else (loop.ema, loop.decay),
         mode=chosen,

@@ -718,3 +718,31 @@ def test_a_decoder_that_remembers_is_not_compiled(monkeypatch):
     vae.decoder.forward = lambda z: calls.append(0) or inner(z) + len(calls)
     with pytest.raises(NotTraceableError, match="differs from Pyro's"):
         CompiledTerms(vae.model, vae.guide, vae, data.test.tensor(), 5, compile_it=False)
+
+
+def test_what_a_step_changes_besides_parameters_is_left_to_svi():
+    """Batch normalisation keeps averages, which the graph holds as inputs and would never move."""
+    vae, data = tiny_vae()
+    decoder = vae.decoder
+    vae.decoder.layers = nn.Sequential(
+        decoder.layers[0], nn.BatchNorm1d(decoder.layers[0].out_features), *decoder.layers[1:]
+    )
+    before = vae.state_dict()["decoder.layers.1.running_mean"].clone()
+    optim = WholeModelOptimizer(vae.named_parameters())
+    svi = traced_svi(vae, optim, split=data.train)
+    with pytest.raises(NotTraceableError, match="running_mean, which is no parameter"):
+        svi.prepare(torch.arange(6))
+    assert torch.equal(vae.state_dict()["decoder.layers.1.running_mean"], before)
+
+
+def test_a_resumed_run_draws_its_batches_as_before_whatever_fits_now(tmp_path, monkeypatch):
+    options = {"batch_size": 8, "engine": "traced", "progress": False}
+    whole, data = tiny_vae()
+    fit(whole, data, epochs=4, run=tmp_path / "whole", **options)
+    parts, _ = tiny_vae()
+    fit(parts, data, epochs=2, run=tmp_path / "parts", **options)
+    monkeypatch.setattr(acceleration, "fits", lambda *_: False)
+    again, _ = tiny_vae()
+    fit(again, data, epochs=4, run=tmp_path / "parts", resume=True, **options)
+    for (name, p), q in zip(whole.named_parameters(), again.parameters(), strict=True):
+        assert torch.equal(p, q), name

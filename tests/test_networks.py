@@ -250,3 +250,19 @@ def test_smooth_limit() -> None:
     assert squeezed.abs().max() <= 7.0
     torch.testing.assert_close(squeezed[2:5], value[2:5], rtol=1e-8, atol=0)
     assert (squeezed.diff() >= 0).all()
+
+
+@ROW
+def test_scaled_hidden_layers_and_nothing_else(row: Row) -> None:
+    encoder, decoder = build(row)
+    before = [copy.deepcopy(network.state_dict()) for network in (encoder, decoder)]
+    both = nn.ModuleList([encoder, decoder])
+    networks.scale_hidden(both, 0.5)
+    last = f"layers.{len(decoder.layers) - 1}.weight"
+    for network, old in zip((encoder, decoder), before, strict=True):
+        for name, t in network.state_dict().items():
+            hidden = name.endswith("weight") and not (network is decoder and name == last)
+            assert torch.equal(t, old[name] * (0.5 if hidden else 1.0)), name
+    assert last in before[1]
+    with pytest.raises(InputError, match="--init-gain"):
+        networks.scale_hidden(both, 0.0)

@@ -10,7 +10,7 @@ import time
 
 import pytest
 import torch
-from tiny import tiny_config, tiny_data, traced_svi
+from tiny import tiny_config, tiny_data, tiny_vae, traced_svi
 
 from pyrovae import config as cfg
 from pyrovae import processes
@@ -18,6 +18,7 @@ from pyrovae.errors import InputError
 from pyrovae.evaluation import evaluate
 from pyrovae.optimizers import WholeModelOptimizer
 from pyrovae.runs import Run, load_checkpoint
+from pyrovae.training import fit
 
 TRAIN = shlex.split(
     "train --data digits --hidden 16 --latent-dim 2 --batch-size 64 --lr 1e-2 --device cpu "
@@ -184,3 +185,27 @@ def test_a_process_that_dies_ends_the_job_and_the_run_resumes(tmp_path):
     status, _, err = finish(launch([*TRAIN, "--epochs", done + 1, "--out", out, "--resume"]))
     assert status == 0, err
     assert Run(out).read_metrics()[-1]["epoch"] == done + 1
+
+
+def test_a_parameter_that_no_program_uses_does_not_decay_between_two_graphs():
+    """No gradient is not a gradient of zero, which weight decay would act on."""
+    config = tiny_config()
+    data = tiny_data(config)
+    for reduce in (None, lambda flat: flat):
+        vae = cfg.build(config, data)
+        vae.spare = torch.nn.Parameter(torch.ones(3))
+        optim = WholeModelOptimizer(vae.named_parameters(), "adamw", weight_decay=0.5)
+        svi = traced_svi(vae, optim, split=data.train, reduce=reduce)
+        before = next(vae.decoder.parameters()).detach().clone()
+        optim.begin(0.1, 6)
+        svi.step(torch.arange(6))
+        assert vae.spare.equal(torch.ones(3))
+        assert not next(vae.decoder.parameters()).equal(before)
+
+
+def test_free_bits_of_several_processes_are_refused(monkeypatch):
+    vae, data = tiny_vae()
+    monkeypatch.setattr(processes, "count", lambda: 2)
+    monkeypatch.setattr(processes, "copy_from_first", list)
+    with pytest.raises(InputError, match="with one process"):
+        fit(vae, data, epochs=1, free_bits=1.0, progress=False)

@@ -33,7 +33,14 @@ from pyrovae.importance import (
     is_made_of_normals,
 )
 from pyrovae.objectives import KLWeight
-from pyrovae.optimizers import WholeModelOptimizer, after_step, corrections, moved, slots
+from pyrovae.optimizers import (
+    WholeModelOptimizer,
+    after_step,
+    average_decay,
+    corrections,
+    moved,
+    slots,
+)
 from pyrovae.proposals import Noise, Proposal
 from pyrovae.tracing import Draws, NotTraceableError, Plan, Traced
 
@@ -227,11 +234,12 @@ class CompiledSVI:
     # Inputs of a step that are not state.
 
     def _row(self, images: int) -> Tensor:
-        """What Python decides: learning rate, bias corrections, KL weight, images of the batch."""
+        """What Python decides: learning rate, corrections, KL weight, images, averages' decay."""
         optimizer = self.optim.optimizer
         weight = 1.0 if self.weight is None else self.weight.number
         lr = optimizer.param_groups[0]["lr"]
-        row = (lr, *corrections(optimizer, self.count), weight, images)
+        decay = average_decay(self.decay, self.count)
+        row = (lr, *corrections(optimizer, self.count), weight, images, decay)
         # float64, for the first corrections are differences of nearly equal numbers.
         return torch.tensor(row, dtype=torch.float64)
 
@@ -341,7 +349,7 @@ class CompiledSVI:
         averages = [None if average is None else next(rest) for average in self._averages]
         total, health = rest
         row = row.to(self._params[0].dtype)  # two numbers of float64 would make a third
-        lr, divisors, images = row[0], (row[1], row[2]), row[4]
+        lr, divisors, images, decay = row[0], (row[1], row[2]), row[4], row[5]
         grads = [None if g is None else g / images for g in grads]
         square: Any = sum(g.square().sum() for g in grads if g is not None)
         norm = square.sqrt()
@@ -361,7 +369,7 @@ class CompiledSVI:
                 for moment, value in zip(old, values, strict=False):
                     put(moment, value)
             if average is not None:
-                put(average, torch.lerp(average, new, 1 - self.decay))
+                put(average, torch.lerp(average, new, 1 - decay))
             if grad is not None:
                 put(p, new)
         put(total, total + loss)

@@ -20,7 +20,7 @@ from pyrovae.acceleration import CompiledSVI, networks_in
 from pyrovae.data import Data
 from pyrovae.errors import InputError, NonFiniteLossError
 from pyrovae.importance import Program, Programs
-from pyrovae.optimizers import WholeModelOptimizer
+from pyrovae.optimizers import WholeModelOptimizer, average_decay
 from pyrovae.runs import Run, load_checkpoint, save_checkpoint
 
 Metrics = dict[str, Any]
@@ -100,7 +100,7 @@ class Loop:
         else:
             self.state.loss_sum += self._svi_step(self.engine, self.draw(mine))
             if self.ema is not None:
-                average_weights(self.ema, self.vae, self.decay)
+                average_weights(self.ema, self.vae, average_decay(self.decay, self.state.step + 1))
         self.state.step += 1
         self.state.step_in_epoch += 1
 

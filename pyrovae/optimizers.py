@@ -210,6 +210,19 @@ def learning_rate(
     return lr
 
 
+def average_decay(decay: float, step: int) -> float:
+    """The decay of a moving average after step ``step`` (from 1): min(decay, (1 + t) / (10 + t)).
+
+    So the first weights, which nobody wants in it, are forgotten at once, and a short run is
+    averaged over its last tenth at most. Source: the moving averages of TensorFlow,
+    https://www.tensorflow.org/api_docs/python/tf/train/ExponentialMovingAverage
+
+    >>> [round(average_decay(0.999, t), 3) for t in (1, 10, 100, 100_000)]
+    [0.182, 0.55, 0.918, 0.999]
+    """
+    return min(decay, (1 + step) / (10 + step))
+
+
 IWAE_STAGES = 8
 
 

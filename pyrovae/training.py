@@ -97,7 +97,8 @@ def fit(
         weight_decay: passed to the optimiser.
         clip_norm: largest norm of the gradient of the mean loss; None: no clipping.
         ema: decay of a moving average of the weights, such as 0.999, which then is what is
-            validated and kept; None: the weights themselves.
+            validated and kept (it starts small: `optimizers.average_decay`); None: the weights
+            themselves.
         patience: stop after so many epochs without a better validation ELBO; None: never.
         validate_every: epochs from one validation to the next; the last is always validated.
         beta: weight of the KL term.

@@ -278,10 +278,11 @@ def test_the_moving_average_is_that_of_the_steps():
     truth = {n: t.clone() for n, t in average.items()}
     optim = WholeModelOptimizer(vae.named_parameters())
     svi = traced_svi(vae, optim, split=data.train, average=(average, 0.9))
-    for _ in range(5):
+    for step in range(1, 6):
         svi.step(torch.arange(8))
+        decay = (1 + step) / (10 + step)  # far from 0.9 yet
         for name, t in vae.state_dict().items():
-            truth[name] = 0.9 * truth[name] + 0.1 * t
+            truth[name] = decay * truth[name] + (1 - decay) * t
     for name, t in truth.items():
         assert torch.allclose(average[name], t, atol=1e-6), name
 

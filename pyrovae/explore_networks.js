@@ -79,8 +79,8 @@ const networks = (() => {
     },
 
     gated({ value, gate }, weights) {
-      const values = LAYERS.linear(value, weights);
-      const gates = LAYERS.linear(gate, weights);
+      const values = LAYERS[value.kind](value, weights);
+      const gates = LAYERS[gate.kind](gate, weights);
       return (x) => {
         const y = values(x);
         const g = gates(x);

@@ -96,6 +96,12 @@ def _chain(
             value, gate = _linear(module.value, store), _linear(module.gate, store)
             layers.append({"kind": "gated", "value": value, "gate": gate})
             shape = (value["outputs"],)
+        elif isinstance(module, networks.GatedConv2d):
+            assert isinstance(module.value, nn.Conv2d) and isinstance(module.gate, nn.Conv2d)
+            value = _convolution(module.value, shape, store)
+            gate = _convolution(module.gate, shape, store)
+            layers.append({"kind": "gated", "value": value, "gate": gate})
+            shape = (value["outputs"], *value["sides"][2:])
         elif isinstance(module, nn.Linear):
             layers.append(_linear(module, store))
             shape = (module.out_features,)

@@ -145,6 +145,20 @@ class GatedLinear(nn.Module):
         return self.value(x) * torch.sigmoid(self.gate(x))
 
 
+class GatedConv2d(nn.Module):
+    """A convolution that opens and closes its own outputs: h = (W * x + b) sigmoid(V * x + c)."""
+
+    def __init__(self, before: int, after: int, kernel: int, stride: int) -> None:
+        super().__init__()
+        shape = (before, after, kernel, stride, kernel // 2)
+        self.value = initialised(nn.Conv2d(*shape), 2.0)
+        self.gate = initialised(nn.Conv2d(*shape), 1.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (N, before, H, W) to (N, after, H / stride, W / stride)."""
+        return self.value(x) * torch.sigmoid(self.gate(x))
+
+
 class ResidualBlock(nn.Module):
     """Two 3x3 convolutions added to their input, which start as nearly the identity.
 
@@ -356,6 +370,20 @@ class _ConvDecoder(_Convolutional, Decoder):
         return layers[:-1]
 
 
+class _GatedConv(Network):
+    """Every second layer of the encoder halves H and W; the decoder works on whole images."""
+
+    summary = "gated convolutions, as in the VampPrior paper; slow without a GPU"
+    x_shapes = "(C, 4i, 4j)"
+    default_hidden = (32, 32, 64, 64)
+    maps: ClassVar[int] = 6  # that the encoder ends in
+    dense_features: ClassVar[int] = 300  # that the decoder begins with
+
+    def takes(self, height: int, width: int) -> bool:
+        """Whether the network can take images of this size."""
+        return height % 4 == 0 and width % 4 == 0
+
+
 class _MLP(Network):
     summary = "dense layers"
     default_hidden = (200, 200)
@@ -476,6 +504,46 @@ class ResidualDecoder(_Residual, _ConvDecoder):
     """
 
 
+class GatedConvEncoder(_GatedConv, Encoder):
+    """Gated convolutions of 7x7, then by turns 3x3 that halve H and W and 5x5; 6 maps at the end.
+
+    Sides that are odd, or 2, are not halved. Source: Tomczak and Welling, VAE with a VampPrior
+    (2018), https://arxiv.org/abs/1705.07120
+
+    >>> GatedConvEncoder((1, 28, 28))(torch.rand(2, 1, 28, 28)).shape
+    torch.Size([2, 294])
+    """
+
+    def _build(self) -> tuple[list[nn.Module], int]:
+        channels, height, width = self.image(self.x_shape)
+        layers: list[nn.Module] = []
+        for i, (before, after) in enumerate(pairwise((channels, *self.hidden))):
+            halved = i % 2 == 1 and height % 2 == 0 and width % 2 == 0 and min(height, width) > 2
+            kernel = 7 if i == 0 else 3 if i % 2 == 1 else 5
+            layers.append(GatedConv2d(before, after, kernel, 2 if halved else 1))
+            if halved:
+                height, width = height // 2, width // 2
+        layers += [GatedConv2d(self.hidden[-1], self.maps, 3, 1), nn.Flatten()]
+        return layers, self.maps * height * width
+
+
+class GatedConvDecoder(_GatedConv, Decoder):
+    """Two gated dense layers to one map of H x W, then gated convolutions of 3x3 at that size.
+
+    >>> GatedConvDecoder(40, (1, 1, 28, 28), hidden=(8, 8))(torch.zeros(2, 40)).shape
+    torch.Size([2, 1, 1, 28, 28])
+    """
+
+    def _build(self) -> list[nn.Module]:
+        channels, height, width = self.image(self.out_shape)
+        sizes = (self.latent_dim, self.dense_features, height * width)
+        layers: list[nn.Module] = list(starmap(GatedLinear, pairwise(sizes)))
+        layers.append(nn.Unflatten(1, (1, height, width)))
+        widths = (1, *self.hidden[::-1])
+        layers += [GatedConv2d(before, after, 3, 1) for before, after in pairwise(widths)]
+        return [*layers, initialised(nn.Conv2d(widths[-1], channels, 1), SMALL_GAIN)]
+
+
 class Pair(NamedTuple):
     """An encoder and the decoder that mirrors it."""
 
@@ -489,4 +557,5 @@ REGISTRY: dict[str, Pair] = {
     "conv28": Pair(Conv28Encoder, Conv28Decoder),
     "conv64": Pair(Conv64Encoder, Conv64Decoder),
     "residual": Pair(ResidualEncoder, ResidualDecoder),
+    "gated-conv": Pair(GatedConvEncoder, GatedConvDecoder),
 }

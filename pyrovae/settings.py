@@ -24,7 +24,7 @@ NAMES: dict[str, tuple[str, ...]] = {
     "model": ("vae", "hierarchical", "autoencoder"),
     "prior": ("standard-normal", "mixture", "vamp", "flow"),
     "posterior": ("mean-field", "full-rank", "flow"),
-    "network": ("mlp", "gated-mlp", "conv28", "conv64", "residual"),
+    "network": ("mlp", "gated-mlp", "conv28", "conv64", "residual", "gated-conv"),
     "objective": ("elbo", "mean-field", "iwae", "stl", "dreg"),
     "activation": ("tanh", "relu", "leaky-relu", "elu", "gelu", "silu", "softplus"),
     "data": (

@@ -61,6 +61,7 @@ NETS = [
     Net("conv28", (2, 3, 28, 28), {"hidden": (4, 6, 8), "activation": "gelu"}),
     Net("conv64", (1, 3, 64, 64), {"hidden": (4, 6, 8, 10)}),
     Net("residual", (1, 1, 28, 28), {"hidden": (4, 6)}),
+    Net("gated-conv", (2, 3, 8, 12), {"hidden": (4, 6)}),
     Net("residual", (30, 12, 20), {"hidden": (4, 6, 8), "activation": "leaky-relu"}),
 ]
 

@@ -77,6 +77,7 @@ SHAPES = {
     "conv28": (1, 28, 28),
     "conv64": (3, 64, 64),
     "residual": (3, 8, 8),
+    "gated-conv": (1, 8, 8),
 }
 
 

@@ -264,7 +264,12 @@ def test_every_objective_moves_every_parameter(choice, objective):
 @pytest.mark.parametrize("structure", STRUCTURES)
 @pytest.mark.parametrize(
     ("network", "shape"),
-    [("gated-mlp", (1, 4, 4)), ("conv28", (1, 28, 28)), ("residual", (3, 8, 8))],
+    [
+        ("gated-mlp", (1, 4, 4)),
+        ("conv28", (1, 28, 28)),
+        ("residual", (3, 8, 8)),
+        ("gated-conv", (1, 8, 8)),
+    ],
 )
 def test_networks(structure, network, shape):
     layers = Layers(latents=(5, 4, 3), structure=structure, upper_hidden=(7, 6))

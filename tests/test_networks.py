@@ -32,6 +32,9 @@ ROWS = [
     Row("residual", (1, 28, 28), (1, 1, 28, 28), (4, 6)),
     Row("residual", (3, 32, 32), (30, 32, 32), (4, 6, 8, 8, 8, 8)),
     Row("residual", (3, 12, 64), (1, 3, 12, 64), (4,)),
+    Row("gated-conv", (1, 28, 28), (1, 1, 28, 28)),
+    Row("gated-conv", (3, 8, 12), (30, 8, 12), (4, 6, 5, 8, 7, 6)),
+    Row("gated-conv", (1, 8, 8), (2, 1, 8, 8), (4,)),
 ]
 ROW = pytest.mark.parametrize("row", ROWS, ids=lambda r: f"{r.name}-{r.x_shape}-{r.hidden}")
 LATENT_DIM = 3
@@ -141,13 +144,36 @@ def test_hidden_is_mirrored() -> None:
 
 
 @pytest.mark.parametrize("activation", networks.ACTIVATIONS)
-@pytest.mark.parametrize("name", sorted(set(networks.REGISTRY) - {"gated-mlp"}))
+@pytest.mark.parametrize("name", sorted(n for n in networks.REGISTRY if "gated" not in n))
 def test_every_activation_is_used(name: str, activation: str) -> None:
     row = next(row for row in ROWS if row.name == name and row.hidden != ())
     module = networks.ACTIVATIONS[activation].module
     for network in build(row, activation=activation):
         kinds = {type(m) for m in network.modules()}
         assert kinds & {a.module for a in networks.ACTIVATIONS.values()} == {module}
+
+
+def test_gated_convolution_is_value_times_gate() -> None:
+    layer = networks.GatedConv2d(2, 3, 5, 2).double()
+    x = torch.randn(4, 2, 8, 6, dtype=torch.float64)
+    both = [
+        nn.functional.conv2d(x, part.weight, part.bias, stride=2, padding=2)
+        for part in (layer.value, layer.gate)
+    ]
+    assert both[0].shape == (4, 3, 4, 3)
+    expected = both[0] / (1 + torch.exp(-both[1]))
+    torch.testing.assert_close(layer(x), expected, rtol=1e-10, atol=1e-12)
+
+
+def test_gated_convolutions_halve_by_turns_and_end_in_six_maps() -> None:
+    """The encoder of the paper: 28 -> 14 -> 7, and 294 features."""
+    encoder, decoder = networks.REGISTRY["gated-conv"]
+    layers = [m for m in encoder((1, 28, 28)).modules() if isinstance(m, networks.GatedConv2d)]
+    kernels = [(m.value.kernel_size[0], m.value.stride[0]) for m in layers]
+    assert kernels == [(7, 1), (3, 2), (5, 1), (3, 2), (3, 1)]
+    assert encoder((1, 28, 28)).out_features == 294
+    whole = [m for m in decoder(5, (1, 1, 28, 28)).modules() if isinstance(m, nn.Conv2d)]
+    assert {m.stride for m in whole} == {(1, 1)}
 
 
 def test_gated_layer_is_value_times_gate() -> None:

@@ -30,6 +30,7 @@ from pyrovae.importance import (
     Program,
     Programs,
     chunks,
+    float32_products,
     is_made_of_normals,
 )
 from pyrovae.objectives import KLWeight
@@ -139,17 +140,24 @@ class CompiledSVI:
         self._averages = _averages(average, module, self._params)
         self._steps: dict[int, _Step] = {}
         self._unused: list[bool] = []
+        self._bound: list[tuple[Tensor, ...]] = []
+        self._health = torch.zeros(2, dtype=torch.int64, device=self.device)
         self.bind()
 
     def bind(self) -> None:
         """Take up the optimiser's state as it is; to be called after a checkpoint is loaded."""
         optimizer = self.optim.optimizer
         moments = [slots(optimizer, p) for p in self._params]
+        if self._bound:  # what is captured holds these very tensors
+            for p, ours, loaded in zip(self._params, self._bound, moments, strict=True):
+                _keep(optimizer.state[p], ours, loaded)
+            moments = self._bound
+        self._bound = moments
         self._moments = [len(each) for each in moments]
         self.count = max((int(optimizer.state[p]["step"]) for p in self._params), default=0)
         """Steps taken so far, by the optimiser's count."""
         # Steps taken, as the device counts them, and the number of the first that failed, or 0.
-        self._health = torch.tensor([self.count, 0], device=self.device)
+        self._health.copy_(torch.tensor([self.count, 0]))
         # What a step changes, in place: aliases of what module and optimiser hold.
         self._state = [
             *(p.detach() for p in self._params),
@@ -158,8 +166,6 @@ class CompiledSVI:
             self.total,
             self._health,
         ]
-        for step in self._steps.values():
-            step.bind()
         self._mark()
 
     def _mark(self) -> None:
@@ -233,13 +239,14 @@ class CompiledSVI:
 
     # Inputs of a step that are not state.
 
-    def _row(self, images: int) -> Tensor:
+    def _row(self, images: int, count: int | None = None) -> Tensor:
         """What Python decides: learning rate, corrections, KL weight, images, averages' decay."""
         optimizer = self.optim.optimizer
         weight = 1.0 if self.weight is None else self.weight.number
         lr = optimizer.param_groups[0]["lr"]
-        decay = average_decay(self.decay, self.count)
-        row = (lr, *corrections(optimizer, self.count), weight, images, decay)
+        count = self.count if count is None else count
+        decay = average_decay(self.decay, count)
+        row = (lr, *corrections(optimizer, count), weight, images, decay)
         # float64, for the first corrections are differences of nearly equal numbers.
         return torch.tensor(row, dtype=torch.float64)
 
@@ -282,7 +289,7 @@ class CompiledSVI:
             if first:
                 self._traced.verify(plan, x)
             noise = self._noise(plan, size, stream)
-            row = self._row(size).to(self.device)
+            row = self._row(size, self.count + 1).to(self.device)  # a step 0 divides by 0
             example = [*self._state, *self._traced.constants, *self._data(), batch, *noise, row]
             keys = list(plan.noise)
             if self.reduce is None:
@@ -296,7 +303,9 @@ class CompiledSVI:
         mode = "traced" if self.mode == "compiled" and not first else self.mode
         step = _Step(self, plan, graphs, mode)
         if mode != "traced":
-            step.compile(batch, noise, row)
+            # A graph keeps the kernels that the switches chose when it was captured.
+            with networks_in(None, self.precision):
+                step.compile(batch, noise, row)
         return step
 
     def _whole(self, flat: Sequence[Tensor], keys: list[str]) -> Tensor:
@@ -386,11 +395,6 @@ class _Step:
         self._traced = graphs
         self._graphs: list[Callable[..., Tensor]] = list(graphs)
         self._capture = mode == "cuda-graph" and svi.reduce is None
-        self.bind()
-
-    def bind(self) -> None:
-        """Take up the tensors that the state now consists of."""
-        svi = self.svi
         self._fixed = [*svi._state, *svi._traced.constants, *svi._data()]
         self._replay: Callable[..., Tensor] | None = None
 
@@ -606,16 +610,18 @@ def captured(
     kept = [t.clone() for t in state]
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        for _ in range(3):  # compilation, and the libraries' own first-time work
-            function(*static)
-    torch.cuda.current_stream(device).wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    # On the stream given: torch's own would belong to the current device, not to this one.
-    with torch.cuda.device(device), torch.cuda.graph(graph, stream=stream):
-        output = function(*static)
-    for t, old in zip(state, kept, strict=True):
-        t.copy_(old)
+    try:
+        with torch.cuda.stream(stream):
+            for _ in range(3):  # compilation, and the libraries' own first-time work
+                function(*static)
+        torch.cuda.current_stream(device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        # On the stream given: torch's own would belong to the current device, not to this one.
+        with torch.cuda.device(device), torch.cuda.graph(graph, stream=stream):
+            output = function(*static)
+    finally:  # also where it fails, for another engine may go on from here
+        for t, old in zip(state, kept, strict=True):
+            t.copy_(old)
 
     def replay(*given: Tensor) -> Tensor:
         for to, value in zip(static, given, strict=True):
@@ -625,6 +631,15 @@ def captured(
         return output.clone()
 
     return replay
+
+
+def _keep(state: dict[str, Any], ours: Sequence[Tensor], loaded: Sequence[Tensor]) -> None:
+    """Write loaded values into the tensors that are held, and put these back in the state."""
+    for key, value in state.items():
+        for mine, other in zip(ours, loaded, strict=True):
+            if value is other and mine is not other:
+                mine.copy_(other)
+                state[key] = mine
 
 
 def _averages(
@@ -651,16 +666,9 @@ def networks_in(module: Any, precision: str) -> Iterator[None]:
     """
     if precision not in PRECISIONS:
         raise InputError(f"--precision expects one of {', '.join(PRECISIONS)}; got {precision!r}")
-    # cuDNN's convolutions have a switch of their own, which torch leaves on.
-    before, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-    torch.backends.cudnn.allow_tf32 = precision == "tf32"
-    try:
-        with _rounding(module if precision == "bf16" else None):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-        torch.backends.cudnn.allow_tf32 = convolutions
+    rounded = module if precision == "bf16" else None
+    with float32_products(rounded=precision == "tf32"), _rounding(rounded):
+        yield
 
 
 @contextmanager

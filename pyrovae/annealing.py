@@ -128,6 +128,7 @@ def schedule(num_temperatures: int, steepness: float = 4.0) -> Tensor:
     return (s - s[0]) / (s[-1] - s[0])
 
 
+@importance.float32_products()
 def anneal(
     model: Program,
     guide: Program,
@@ -190,11 +191,13 @@ def anneal(
     >>> anneal(model, guide, torch.zeros(2), num_temperatures=20).log_likelihood.shape
     torch.Size([2])
     """
+    importance.check_has_density(model)
     settings = Settings(num_chains, num_temperatures, num_leapfrog, start, step_sizes, seed)
     columns = _run(model, guide, x, None, settings, first_image, memory, checkpoint, progress)
     return _annealed(columns, "forward")
 
 
+@importance.float32_products()
 def bdmc(
     model: Program,
     guide: Program,
@@ -614,6 +617,7 @@ class Annealing(NamedTuple):
         return "\n".join(f"{name:<18} {value}" for name, value in rows)
 
 
+@importance.float32_products()
 def anneal_split(
     vae: Programs,
     split: Split,
@@ -645,6 +649,7 @@ def anneal_split(
         InputError: as :func:`anneal`, and for data outside the likelihood's support.
     """
     began = time.perf_counter()
+    importance.check_has_density(vae)
     settings = settings or Settings()
     if num_images < 1:
         raise InputError(f"num_images (--num-images) must be at least 1, got {num_images}")

@@ -5,6 +5,7 @@ from typing import ClassVar
 
 import pyro
 import pyro.distributions as dist
+import torch
 from pyro import poutine
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from pyrovae.likelihoods import Gaussian
 from pyrovae.networks import Encoder, initialised
 from pyrovae.posteriors import Posterior
 from pyrovae.priors import StandardNormal
-from pyrovae.vae import VAE
+from pyrovae.vae import VAE, count_parameters
 
 # Of the normal density whose minus log is the sum of squared errors, up to a constant:
 # 1 / (2 s^2) = 1.
@@ -46,9 +47,9 @@ class Autoencoder(VAE):
     The same networks and the same pair of Pyro programs as a VAE's, with three changes: q(z | x) is
     a point mass, p(z) is left out, and p(x | z) is a normal of the fixed scale sqrt(1/2), whose
     constant is left out too. Pyro's ELBO of this pair is minus the sum of squared errors, so every
-    engine trains it. It is no bound of anything: without p(z) there is no p(x), and whatever would
-    estimate one refuses. Put p(z) back, and noise into q, and "MSE + KL" is the ELBO of a VAE with
-    that fixed scale: ``VAE`` with ``Gaussian(x_shape, scale=sqrt(1/2))``.
+    engine trains it. It is no bound of anything: without p(z) there is no p(x), and what takes this
+    object, or its model, to estimate one refuses. Put p(z) back, and noise into q, and "MSE + KL"
+    is the ELBO of a VAE with that fixed scale: ``VAE`` with ``Gaussian(x_shape, scale=sqrt(1/2))``.
 
     ``generate`` decodes draws from N(0, I), as one does with a VAE, to show what that gives here.
 
@@ -90,3 +91,20 @@ class Autoencoder(VAE):
                 z = pyro.sample("z", self.prior())
             pyro.sample("x", self.likelihood(self.decoder(z)), obs=x)
             pyro.factor("constant", z.new_full((x.shape[0],), self.constant))
+
+    @torch.no_grad()
+    def decode(self, z: Tensor, *, mean: bool = True, seed: int | None = None) -> Tensor:
+        """f(z) for z (*B, D): (*B, *x_shape), whatever ``mean``: there is nothing to draw from."""
+        return super().decode(z, mean=True)
+
+    def __repr__(self) -> str:
+        """A summary in a few lines."""
+        lines = [
+            f"Autoencoder of x {self.x_shape}, {self.latent_dim} latents, squared error, "
+            f"{count_parameters(self):,} parameters"
+        ]
+        for name, part in (("encoder", self.posterior.encoder), ("decoder", self.decoder)):
+            lines.append(
+                f"  {name:<11} {type(part).__name__}, {count_parameters(part):,} parameters"
+            )
+        return "\n".join(lines)

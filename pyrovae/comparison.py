@@ -194,6 +194,12 @@ def compare(
     protocols = [cfg.run_data(run)[1] for run in runs]
     kinds = [likelihoods.REGISTRY[cfg.run_config(run).likelihood].kind for run in runs]
     mixed = len(set(kinds)) > 1
+    for run, name in zip(runs, names, strict=True):
+        if cfg.run_config(run).model == "autoencoder":
+            raise InputError(
+                f"{name} is an autoencoder, which has no p(x) to compare; leave it out, or train "
+                "it with --model vae --likelihood gaussian"
+            )
     _check_comparable(names, protocols, kinds, split)
     if num_particles is None:
         num_particles = _shared_particles(runs, names, split, limit, seed)

@@ -81,10 +81,10 @@ def resolve(config: TrainConfig) -> TrainConfig:
     """
     from pyrovae import likelihoods, posteriors, priors
 
-    likelihood = likelihoods.REGISTRY[config.likelihood]
-    changes: dict[str, Any] = {}
     if config.model == "autoencoder":
         config = _autoencoder(config)
+    likelihood = likelihoods.REGISTRY[config.likelihood]
+    changes: dict[str, Any] = {}
     if config.binarize == "auto":
         changes["binarize"] = "dynamic" if config.likelihood == "bernoulli" else "none"
         if config.data == "binarized-mnist":
@@ -100,7 +100,8 @@ def resolve(config: TrainConfig) -> TrainConfig:
             f"--dequantize uniform makes x continuous, and {config.likelihood} is a mass on "
             "levels; leave --dequantize at auto, or use a density such as gaussian"
         )
-    if config.binarize != "none" and likelihood.kind == "density":
+    squares = config.model == "autoencoder"  # which have a meaning on any numbers
+    if config.binarize != "none" and likelihood.kind == "density" and not squares:
         raise InputError(
             f"--binarize {config.binarize} makes x 0 or 1, where the density {config.likelihood} "
             "has no meaning; leave --binarize at auto, or use --likelihood bernoulli"
@@ -145,7 +146,11 @@ def _autoencoder(config: TrainConfig) -> TrainConfig:
     # A resumed run has these two already.
     stored = config.likelihood == "gaussian" and config.likelihood_args == {"scale": SCALE}
     names = ["prior", "prior_args", "posterior", "posterior_args", "objective", "num_particles"]
-    names += ["beta", "kl_warmup", "free_bits"]
+    names += ["beta", "kl_warmup", "free_bits", "final_particles"]
+    if config.objective == "stl":  # a point has no score to leave out: it is the same gradient
+        config = dataclasses.replace(config, objective="elbo")
+    if config.final_particles == 0:
+        config = dataclasses.replace(config, final_particles=TrainConfig.final_particles)
     if not stored:
         names += ["likelihood", "likelihood_args"]
     default = TrainConfig()
@@ -441,4 +446,5 @@ def load(run: "Run | str | os.PathLike[str]", *, device: str = "cpu") -> "VAE":
 
 def default_out(config: TrainConfig) -> Path:
     """Where a run goes that was given no --out."""
-    return Path("runs") / f"{Path(config.data).stem}-{config.likelihood}"
+    what = "autoencoder" if config.model == "autoencoder" else config.likelihood
+    return Path("runs") / f"{Path(config.data).stem}-{what}"

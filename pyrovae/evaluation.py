@@ -189,6 +189,7 @@ def _plain(value: Any) -> Any:
     return None if value != value else value
 
 
+@importance.float32_products()
 def evaluate(
     vae: importance.Programs,
     split: Split,

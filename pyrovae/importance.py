@@ -120,6 +120,7 @@ def log_weights(model: Program, guide: Program, x: Tensor, num_particles: int) -
     >>> log_weights(model, guide, torch.zeros(2), 3).shape
     torch.Size([3, 2])
     """
+    check_has_density(model)
     return log_terms(model, guide, x, num_particles).log_weights
 
 
@@ -267,9 +268,27 @@ class Plan(NamedTuple):
     particles: int
 
 
+@contextmanager
+def float32_products(rounded: bool = False) -> Iterator[None]:
+    """Let matrix products and convolutions in float32 be that, also on a GPU.
+
+    Args:
+        rounded: let them round their factors to tf32 instead, 10 bits of mantissa.
+    """
+    # cuDNN's convolutions have a switch of their own, which torch leaves on.
+    before, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high" if rounded else "highest")
+    torch.backends.cudnn.allow_tf32 = rounded
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+        torch.backends.cudnn.allow_tf32 = convolutions
+
+
 def check_has_density(programs: Any) -> None:
-    """Raise InputError for programs that say of themselves that they have no p(x)."""
-    if not getattr(programs, "has_density", True):
+    """Raise InputError for programs, or one of a pair, that say they have no p(x)."""
+    if not getattr(getattr(programs, "__self__", programs), "has_density", True):
         raise InputError(
             "an autoencoder has no p(z), and so no p(x) to estimate; train a VAE "
             "on the same data: --model vae --likelihood gaussian"

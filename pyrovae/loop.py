@@ -188,6 +188,7 @@ class Loop:
                     self._save(self.run.best)
         return terms
 
+    @importance.float32_products()
     def _validate(self, seed: int) -> Metrics:
         """ELBO, rate and distortion of the validation split with one particle and fixed noise."""
         vae, x = self.vae, self._valid

@@ -530,6 +530,8 @@ class GatedConvEncoder(_GatedConv, Encoder):
 class GatedConvDecoder(_GatedConv, Decoder):
     """Two gated dense layers to one map of H x W, then gated convolutions of 3x3 at that size.
 
+    As many as the encoder has, all of its last width; then one of 1x1 to the params.
+
     >>> GatedConvDecoder(40, (1, 1, 28, 28), hidden=(8, 8))(torch.zeros(2, 40)).shape
     torch.Size([2, 1, 1, 28, 28])
     """
@@ -539,7 +541,7 @@ class GatedConvDecoder(_GatedConv, Decoder):
         sizes = (self.latent_dim, self.dense_features, height * width)
         layers: list[nn.Module] = list(starmap(GatedLinear, pairwise(sizes)))
         layers.append(nn.Unflatten(1, (1, height, width)))
-        widths = (1, *self.hidden[::-1])
+        widths = (1, *(self.hidden[-1] for _ in self.hidden))
         layers += [GatedConv2d(before, after, 3, 1) for before, after in pairwise(widths)]
         return [*layers, initialised(nn.Conv2d(widths[-1], channels, 1), SMALL_GAIN)]
 

@@ -213,8 +213,9 @@ def learning_rate(
 def average_decay(decay: float, step: int) -> float:
     """The decay of a moving average after step ``step`` (from 1): min(decay, (1 + t) / (10 + t)).
 
-    So the first weights, which nobody wants in it, are forgotten at once, and a short run is
-    averaged over its last tenth at most. Source: the moving averages of TensorFlow,
+    So the first weights, which nobody wants in it, are soon forgotten: while the second is the
+    smaller, the weights in the average are a tenth of the run old, in the mean. Source: the moving
+    averages of TensorFlow,
     https://www.tensorflow.org/api_docs/python/tf/train/ExponentialMovingAverage
 
     >>> [round(average_decay(0.999, t), 3) for t in (1, 10, 100, 100_000)]

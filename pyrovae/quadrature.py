@@ -43,6 +43,7 @@ class Quadrature(NamedTuple):
     """Values of z at which p(x, z) was computed."""
 
 
+@importance.float32_products()
 def quadrature(
     model: Program,
     guide: Program,
@@ -87,6 +88,7 @@ def quadrature(
     >>> quadrature(model, guide, torch.zeros(1)).log_likelihood.exp() * math.sqrt(4 * math.pi)
     tensor([1.0000], dtype=torch.float64)
     """
+    importance.check_has_density(model)
     if not 0 < tolerance < math.inf:
         raise InputError(f"--tolerance expects a number above 0; got {tolerance}; try 1e-4")
     with torch.no_grad(), importance.isolated_params():

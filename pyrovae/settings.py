@@ -175,8 +175,7 @@ class TrainConfig:
     )
     init_gain: float = _setting(
         1.0,
-        "size of the hidden layers' first weights, in units of the usual: tanh networks trained "
-        "for long do better from 0.4, for a short time from 1",
+        "size of the hidden layers' first weights, in units of the usual",
         above=0,
         group="model",
     )
@@ -212,7 +211,7 @@ class TrainConfig:
         (0.9, 0.999), "decays of the optimiser's two running moments", least=0, below=1
     )
     adam_eps: float = _setting(
-        1e-8, "added to the root of the second moment; of adam and adamw", above=0
+        1e-8, "added to the root of the second moment; not of adamax", above=0
     )
     schedule: str = _setting(
         "constant",

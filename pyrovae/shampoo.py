@@ -22,17 +22,17 @@ FLOOR = 1e-4
 
 
 class Shampoo(torch.optim.Optimizer):
-    """Shampoo with one preconditioner a matrix, on its smaller side; Adam for all other parameters.
+    """Shampoo with one preconditioner a matrix, on its smaller side; Adam for what is no matrix.
 
-    For a weight W (m, n) with m <= n (else its transpose; a convolution's weight is taken as
-    (outputs, the rest)), with gradient G at step t:
+    For a parameter W (m, n) with m <= n (else its transpose; one with more axes is taken as (the
+    first axis, the rest)), with gradient G at step t:
 
         M <- 0.95 M + 0.05 G,    S <- 0.99 S + 0.01 G G^T,
         U = P (0.05 G + 0.95 M),    W <- (1 - lr decay) W - lr 0.2 sqrt(m n) U / ||U||,
 
     where P = (S / (1 - 0.99^t))^(-1/2) is computed anew every 20 steps, and more often at first.
     The length of an update is that of a usual update of Adam, whose learning rates serve. A step
-    costs three products with the smaller side beyond Adam's.
+    costs two products with the smaller side beyond Adam's.
 
     Sources: Gupta, Koren and Singer, Shampoo (2018), https://arxiv.org/abs/1802.09568; the single
     side and the root -1/2, An et al., ASGO (2025), https://arxiv.org/abs/2503.20762; the length,
@@ -54,8 +54,23 @@ class Shampoo(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
     ):
+        if lr < 0 or eps < 0 or weight_decay < 0 or not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(
+                "expected lr, eps and weight_decay of at least 0, and betas from 0 to below 1; got "
+                f"{lr}, {eps}, {weight_decay} and {betas}"
+            )
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Take the one group that there is.
+
+        Raises:
+            ValueError: for a second one: options are those of all parameters.
+        """
+        if self.param_groups:
+            raise ValueError("Shampoo takes one group of parameters; make an optimiser for each")
+        super().add_param_group(param_group)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -98,7 +113,7 @@ class Shampoo(torch.optim.Optimizer):
         self, p: Tensor, grad: Tensor, slots: Sequence[Tensor], lr: Any, corrections: Any
     ) -> tuple[Tensor, ...]:
         """One update as a pure function: the parameter and its two moments after the step."""
-        options = self.defaults
+        options = self.param_groups[0]
         if options["weight_decay"]:
             p = p * (1 - lr * options["weight_decay"])
         if not is_preconditioned(p):
@@ -122,12 +137,17 @@ class Shampoo(torch.optim.Optimizer):
     def _renew(self, p: Tensor, step: int) -> None:
         state = self.state[p]
         if "root" in state and (step in AT_FIRST or step % EVERY == 0):
-            state["root"].copy_(inverse_root(state["second"] / (1 - SECOND**step)))
+            second = state["second"] / (1 - SECOND**step)
+            try:
+                root = inverse_root(second)
+            except torch.linalg.LinAlgError:  # no convergence in float32
+                root = inverse_root(second.double())
+            state["root"].copy_(root)
 
 
 def is_preconditioned(p: Tensor) -> bool:
     """Whether a parameter is a matrix, or a kernel, with a side that is small enough."""
-    return p.ndim >= 2 and min(p.flatten(1).shape) <= LARGEST
+    return p.ndim >= 2 and 2 <= min(p.flatten(1).shape) <= LARGEST
 
 
 def _wide(p: Tensor) -> Tensor:

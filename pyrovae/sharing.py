@@ -49,6 +49,11 @@ def export(
     check_installed()
     run = run if isinstance(run, Run) else Run(run)
     vae = cfg.load(run)
+    if not vae.has_density:
+        raise InputError(
+            "the card of an export tells what p(x) is, and an autoencoder has none; export a VAE, "
+            f"or copy the weights of {run.best}"
+        )
     config = cfg.run_config(run)
     environment = run.read_json("environment.json")
     evaluation = best_evaluation(run)

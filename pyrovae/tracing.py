@@ -172,13 +172,18 @@ class Traced:
         with torch.random.fork_rng(devices=devices), pyro.validation_enabled(False):
             before = [t.clone() for t in self.constants]
             self._call(params, self.constants, x, draws, weight)
-        for name, old, now in zip(self._constant_names, before, self.constants, strict=True):
-            if not torch.equal(old, now):
+        changed = [
+            name
+            for name, old, now in zip(self._constant_names, before, self.constants, strict=True)
+            if not torch.equal(old, now)
+        ]
+        if changed:
+            for old, now in zip(before, self.constants, strict=True):
                 now.copy_(old)
-                raise NotTraceableError(
-                    f"a step changes {name}, which is no parameter (as batch normalisation does), "
-                    "and the traced step would not"
-                )
+            raise NotTraceableError(
+                f"a step changes {changed[0]}, which is no parameter (as batch normalisation "
+                "does), and the traced step would not"
+            )
         return Plan(draws.needs)
 
     def loss_and_grads(

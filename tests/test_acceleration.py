@@ -1,5 +1,6 @@
 """The traced step is Pyro's step: loss, gradients, parameters; what cannot be traced is refused."""
 
+import contextlib
 import copy
 import math
 
@@ -728,12 +729,13 @@ def test_what_a_step_changes_besides_parameters_is_left_to_svi():
     vae.decoder.layers = nn.Sequential(
         decoder.layers[0], nn.BatchNorm1d(decoder.layers[0].out_features), *decoder.layers[1:]
     )
-    before = vae.state_dict()["decoder.layers.1.running_mean"].clone()
+    before = {name: t.clone() for name, t in vae.state_dict().items()}
     optim = WholeModelOptimizer(vae.named_parameters())
     svi = traced_svi(vae, optim, split=data.train)
     with pytest.raises(NotTraceableError, match="running_mean, which is no parameter"):
         svi.prepare(torch.arange(6))
-    assert torch.equal(vae.state_dict()["decoder.layers.1.running_mean"], before)
+    for name, t in vae.state_dict().items():
+        assert torch.equal(t, before[name]), name
 
 
 def test_a_resumed_run_draws_its_batches_as_before_whatever_fits_now(tmp_path, monkeypatch):
@@ -747,3 +749,76 @@ def test_a_resumed_run_draws_its_batches_as_before_whatever_fits_now(tmp_path, m
     fit(again, data, epochs=4, run=tmp_path / "parts", resume=True, **options)
     for (name, p), q in zip(whole.named_parameters(), again.parameters(), strict=True):
         assert torch.equal(p, q), name
+
+
+def test_a_capture_that_fails_leaves_everything_as_it_was(monkeypatch):
+    """On a stand-in for CUDA, whose capture runs the step and then breaks."""
+
+    class Broken:
+        def __init__(self, *_, **__):
+            pass
+
+        def __enter__(self):
+            raise RuntimeError("capture is not permitted")
+
+        def __exit__(self, *_):
+            pass
+
+        def wait_stream(self, _):
+            pass
+
+    switches = []
+
+    def stream(_):
+        seen = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+        switches.append(seen)
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(torch.cuda, "Stream", Broken)
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: Broken())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Broken)
+    monkeypatch.setattr(torch.cuda, "graph", Broken)
+    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(acceleration, "compiled", lambda graph, _: graph)
+    for precision, expected in (("fp32", ("highest", False)), ("tf32", ("high", True))):
+        vae, data = tiny_vae()
+        optim = WholeModelOptimizer(vae.named_parameters(), "shampoo")
+        svi = CompiledSVI(
+            vae.model,
+            vae.guide,
+            optim,
+            objectives.elbo(),
+            module=vae,
+            split=data.train,
+            mode="cuda-graph",
+            precision=precision,
+        )
+        before = [t.clone() for t in svi._state]
+        with pytest.raises(NotTraceableError, match="cannot be captured: capture is not"):
+            svi.prepare(torch.arange(6))
+        assert all(torch.equal(a, b) for a, b in zip(svi._state, before, strict=True))
+        assert switches.pop() == expected and not switches
+
+
+def test_a_loaded_checkpoint_is_written_into_the_tensors_that_are_held():
+    """What was captured reads and writes these very tensors."""
+    vae, data = tiny_vae()
+    optim = WholeModelOptimizer(vae.named_parameters(), "shampoo")
+    svi = traced_svi(vae, optim, split=data.train)
+    svi.step(torch.arange(6))
+    held = [t.data_ptr() for t in svi._state]
+    saved, state = svi.save(), copy.deepcopy(optim.state_dict())
+    values = [t.clone() for t in svi._state]
+    for _ in range(3):
+        svi.step(torch.arange(6))
+    optim.load_state_dict(state)
+    svi.restore(saved)
+    assert [t.data_ptr() for t in svi._state] == held
+    count = len(list(vae.parameters()))
+    moments = sum(len(slots) for slots in svi._bound)
+    for now, then in zip(svi._state[count : count + moments], values[count:], strict=False):
+        assert torch.equal(now, then)
+    for p, bound in zip(vae.parameters(), svi._bound, strict=True):
+        state = optim.optimizer.state[p].values()
+        assert all(any(t is other for other in state) for t in bound)

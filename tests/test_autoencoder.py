@@ -12,7 +12,7 @@ from shell import ok, shell
 from torch.distributions import kl_divergence
 
 import pyrovae as pv
-from pyrovae import comparison, quadrature, scoring
+from pyrovae import annealing, comparison, quadrature, scoring
 from pyrovae.autoencoder import SCALE, Autoencoder, Point
 from pyrovae.explore import write_explorer
 from pyrovae.networks import MLPDecoder, MLPEncoder
@@ -151,6 +151,40 @@ def test_it_is_taken_up_again(run):
     assert len((run[0] / "metrics.jsonl").read_text().splitlines()) == 3
 
 
+def test_no_word_of_probabilities_is_said(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    dry = ok("train --model autoencoder --dry-run")
+    for text in (dry, ok(f"info {run[0]}"), repr(pv.load(run[0]))):
+        for word in ("nats", "ELBO", "posterior", "prior ", "likelihood"):
+            assert word not in text, (word, text)
+    assert "squared error" in dry
+
+
+def test_there_is_nothing_to_draw_but_the_mean(run):
+    auto = pv.load(run[0])
+    z = torch.randn(5, auto.latent_dim)
+    assert torch.equal(auto.decode(z, mean=False), auto.decode(z))
+    torch.manual_seed(3)
+    expected = auto.decode(auto.draw_latents(4))
+    assert torch.equal(auto.generate(4, seed=3), expected)
+
+
+def test_it_has_a_folder_of_its_own_and_takes_the_modern_preset(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = "train --model autoencoder --preset modern --warmup-epochs 0.5 --hidden 8 --quiet"
+    ok(f"{words} --epochs 1 --binarize dynamic")
+    assert (tmp_path / "runs/digits-autoencoder").is_dir()
+    ok("train --model autoencoder --resume --epochs 1 --quiet")
+
+
+def test_a_comparison_names_the_one_without_a_density(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ok("train --epochs 1 --hidden 8 --final-particles 0 --quiet --out vae")
+    done = shell(f"compare vae {run[0]}")
+    assert done.status == 2
+    assert f"{run[0].name} is an autoencoder" in done.err or "run is an autoencoder" in done.err
+
+
 @pytest.mark.parametrize("command", ["evaluate", "anneal", "explore", "report", "compare"])
 def test_what_needs_a_density_refuses_in_one_line(run, command):
     done = shell(f"{command} {run[0]}")
@@ -165,6 +199,10 @@ def test_and_so_do_the_functions(run, tmp_path):
     for refused in (
         lambda: pv.evaluate(auto, data.test, 10),
         lambda: quadrature.evaluate(auto, data.test),
+        lambda: quadrature.quadrature(auto.model, auto.guide, data.test.head(1).tensor()),
+        lambda: pv.log_weights(auto.model, auto.guide, data.test.head(1).tensor(), 3),
+        lambda: annealing.anneal(auto.model, auto.guide, data.test.head(1).tensor()),
+        lambda: annealing.anneal_split(auto, data.test, 2),
         lambda: comparison.evaluate_run(run[0], 10),
         lambda: scoring.score_paths(run[0], [tmp_path / "x.npy"], num_particles=5),
         lambda: write_explorer(run[0], tmp_path / "page.html"),
@@ -185,6 +223,7 @@ def test_and_so_do_the_functions(run, tmp_path):
         ("--beta", "0.5"),
         ("--likelihood-args", "scale=learned"),
         ("--model-args", "latents=3"),
+        ("--final-particles", "500"),
     ],
     ids=lambda flags: flags[0],
 )

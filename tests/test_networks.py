@@ -174,6 +174,7 @@ def test_gated_convolutions_halve_by_turns_and_end_in_six_maps() -> None:
     assert encoder((1, 28, 28)).out_features == 294
     whole = [m for m in decoder(5, (1, 1, 28, 28)).modules() if isinstance(m, nn.Conv2d)]
     assert {m.stride for m in whole} == {(1, 1)}
+    assert [m.out_channels for m in whole] == [64] * 8 + [1]  # a value and a gate each
 
 
 def test_gated_layer_is_value_times_gate() -> None:

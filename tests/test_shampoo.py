@@ -69,6 +69,31 @@ def test_a_side_that_is_too_long_for_a_root_is_left_to_adam(monkeypatch):
     assert sizes == [[(4, 5), (4, 5)], [(9, 3), (3, 3), (3, 3)]]
 
 
+def test_one_group_and_sensible_options():
+    p = nn.Parameter(torch.ones(2, 2))
+    with pytest.raises(ValueError, match="one group"):
+        Shampoo([{"params": [p]}, {"params": [nn.Parameter(torch.ones(3))]}])
+    with pytest.raises(ValueError, match="at least 0"):
+        Shampoo([p], lr=-1.0)
+
+
+def test_a_root_that_float32_cannot_find_is_found_in_float64(monkeypatch):
+    real = torch.linalg.eigh
+
+    def fails_in_float32(matrix):
+        if matrix.dtype == torch.float32:
+            raise torch.linalg.LinAlgError("did not converge")
+        return real(matrix)
+
+    monkeypatch.setattr(torch.linalg, "eigh", fails_in_float32)
+    p = nn.Parameter(torch.eye(3))
+    optim = Shampoo([p], lr=0.1)
+    p.grad = torch.diag(torch.tensor([1.0, 2.0, 4.0]))
+    optim.step()
+    expected = torch.tensor([1.0, 0.5, 0.25])
+    assert torch.allclose(optim.state[p]["root"].diag(), expected, rtol=1e-2)
+
+
 def test_the_root_is_one():
     torch.manual_seed(0)
     a = torch.randn(6, 20, dtype=torch.float64)

@@ -12,7 +12,7 @@ from pyrovae import config as cfg
 from pyrovae import data, objectives
 from pyrovae.commands.info import count
 from pyrovae.commands.output import show
-from pyrovae.importance import log_weights
+from pyrovae.importance import log_terms
 from pyrovae.training import fit
 from pyrovae.vae import VAE
 
@@ -61,6 +61,11 @@ def dry_run(
     shown = {k: v for k, v in dataclasses.asdict(config).items() if v not in (None, {}, False)}
     if config.model == "hierarchical":
         shown["latent_dim"] = vae.latent_dim
+    loss = "nats per image"
+    if not vae.has_density:
+        loss = "squared error per image"
+        for name in ("likelihood", "likelihood_args", "prior", "posterior", "objective", "beta"):
+            shown.pop(name, None)
     rows = list(shown.items())
     rows += [
         ("protocol", dataset.protocol),
@@ -68,7 +73,7 @@ def dry_run(
         ("decoder output", tuple(vae.likelihood.params_shape)),
         ("parameters", f"{count(vae):,}"),
         ("memory", f"about {_size(training)} on {device}, {_size(held)} of data"),
-        ("loss of one step", f"{history.metrics[0]['train_loss']:.3f} nats per image"),
+        ("loss of one step", f"{history.metrics[0]['train_loss']:.3f} {loss}"),
     ]
     if lengths:
         step = statistics.median(lengths)
@@ -103,7 +108,7 @@ def activations(vae: VAE, split: data.Split, config: cfg.TrainConfig, device: to
     x = split.head(config.batch_size).tensor(torch.Generator().manual_seed(0)).to(device)
     own = {p.untyped_storage().data_ptr() for p in vae.parameters()}
     with torch.random.fork_rng(), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        loss = -log_weights(vae.model, vae.guide, x, config.num_particles).sum()
+        loss = -log_terms(vae.model, vae.guide, x, config.num_particles).log_weights.sum()
     # The graph is alive until here, so no two storages had one address.
     del loss
     return sum(size for address, size in kept.items() if address not in own)

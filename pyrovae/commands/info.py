@@ -71,11 +71,16 @@ def _run_facts(run: Run) -> str:
     rows = [
         ("protocol", str(protocol)),
         ("model", describe(config, vae)),
-        ("objective", f"{config.objective}, {config.num_particles} particle(s)"),
         ("epochs", f"{len(metrics)} of {config.epochs}"),
     ]
+    bound = None if best is None else f"ELBO {best['valid_elbo']:.3f}"
+    if vae.has_density:
+        particles = f"{config.objective}, {config.num_particles} particle(s)"
+        rows.insert(2, ("objective", particles))
+    elif best is not None:
+        bound = f"squared error {-best['valid_elbo']:.3f}"
     if best is not None:
-        rows.append(("best", f"epoch {best['epoch']}, validation ELBO {best['valid_elbo']:.3f}"))
+        rows.append(("best", f"epoch {best['epoch']}, validation {bound}"))
     if (run.path / "evaluation.json").is_file():
         e = run.read_json("evaluation.json")
         with cfg.naming(run.path / "evaluation.json"):

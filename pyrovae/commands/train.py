@@ -89,7 +89,9 @@ def _train(args: argparse.Namespace, given: dict[str, Any]) -> int:
             return 128 + interrupts.signal
         interrupts.immediate = True
         if history.stopped == "patience":
-            say(f"stopped early: no better validation ELBO in {config.patience} epochs", args.quiet)
+            bound = "ELBO" if vae.has_density else "error"
+            line = f"stopped early: no better validation {bound} in {config.patience} epochs"
+            say(line, args.quiet)
         bound = f"ELBO {history.best_elbo:.3f}"
         if not vae.has_density:
             bound = f"squared error {-history.best_elbo:.3f}"
@@ -99,7 +101,8 @@ def _train(args: argparse.Namespace, given: dict[str, Any]) -> int:
             _draw_pictures(run, vae, dataset, history.metrics)
         result = None
         if not vae.has_density:
-            _say_error(vae, dataset)
+            if processes.is_first():
+                _say_error(vae, dataset)
             say(f"next      pyrovae interpolate {quoted(run.path)}", args.quiet)
             return 0
         if config.final_particles:

@@ -54,7 +54,9 @@ PROTOCOLS = {
     "exemplar": "Published: 50,000 training images, re-binarised at each use, valid and test "
     "binarised once; gated networks of 300 and 300, 40 latents, batch 100, Adam with normalised "
     "gradients at 5e-4, β warm-up over 100 epochs, patience 50, ± over runs; K = 5000. Ours: the "
-    "same images and networks, the weights of the best validation ELBO on the other 10,000.",
+    "same images, the same networks for the VAE, the weights of the best validation ELBO on the "
+    "other 10,000. The networks of our HVAE and ConvHVAE have their sizes and not their every "
+    "detail: both posteriors read x through one kind of encoder.",
     "likelihoods": "No number was published. One set of networks for each data set, trained with "
     "every likelihood that its levels allow; masses as they are, densities on dequantised levels.",
 }
@@ -184,7 +186,7 @@ def _exemplar() -> list[Row]:
                 "data": name,
                 "binarize": "dynamic",
                 "valid_size": 10_000,
-                "optimizer": "adam",  # shampoo's roots of these networks cost more than they gain
+                "optimizer": "adam",  # see benchmarks/reproduction/optimisers.md
                 "epochs": EPOCHS["exemplar" if data == "mnist" else "exemplar-fashion"],
                 **_SELDOM,
                 **settings,
@@ -240,7 +242,7 @@ def _likelihoods() -> list[Row]:
                 **place,
                 **shape,
                 "latent_dim": 50,
-                "optimizer": "adam",  # a categorical's last layer is too wide for roots
+                "optimizer": "adam",  # one for all, whatever the width of the last layer
                 "epochs": EPOCHS[plan],
                 **likelihood,
             }

@@ -211,6 +211,7 @@ def _settings() -> Iterator[tuple[str, str]]:
             if limits["names"] is not None:
                 for name in cfg.NAMES[limits["names"]]:
                     wrong = name[:-2] + name[-1] + name[-2]
+                    wrong = wrong if wrong != name else f"{name}s"
                     yield f"{start} {flag} {wrong}", f"{flag} knows no {wrong!r} (did you mean "
             if kind in (int, float):
                 yield f"{start} {flag} many", f"{flag} expects a"

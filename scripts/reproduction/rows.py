@@ -186,7 +186,7 @@ def _exemplar() -> list[Row]:
                 "data": name,
                 "binarize": "dynamic",
                 "valid_size": 10_000,
-                "optimizer": "adam",  # see benchmarks/reproduction/optimisers.md
+                "optimizer": "adam",  # see benchmarks/optimisers.md
                 "epochs": EPOCHS["exemplar" if data == "mnist" else "exemplar-fashion"],
                 **_SELDOM,
                 **settings,

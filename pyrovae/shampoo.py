@@ -17,7 +17,7 @@ LARGEST = 1024
 # Steps from one root to the next, once the first few are done.
 EVERY = 20
 AT_FIRST = (1, 2, 4, 7, 11, 15)
-# The smallest eigenvalue that a root sees, as a share of the largest.
+# Added to every eigenvalue before its root is taken, as a share of the largest.
 FLOOR = 1e-4
 
 

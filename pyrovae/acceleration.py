@@ -587,7 +587,10 @@ def compiled(graph: GraphModule, example: Sequence[Tensor]) -> Callable[..., Any
         with torch.no_grad(), _quiet_compiler():
             from torch import _inductor  # late: importing it changes the filters of warnings
 
-            run = _inductor.compile(graph, list(example))
+            # A graph with its gradient inside looks like inference to Inductor, which then lays
+            # a CPU's images out with channels innermost: three lanes of a vector's sixteen.
+            options = {} if any(t.is_cuda for t in example) else {"layout_optimization": False}
+            run = _inductor.compile(graph, list(example), options=options)
             run(*(t.clone() for t in example))  # the first call completes the work
             return run
     except Exception as error:

@@ -131,32 +131,32 @@ def scale_hidden(module: nn.Module, factor: float) -> None:
                     layer.weight.mul_(factor)
 
 
-class GatedLinear(nn.Module):
-    """A linear layer that opens and closes its own outputs: h = (W x + b) * sigmoid(V x + c)."""
+class _Gated(nn.Module):
+    """A layer whose outputs another of its kind opens and closes."""
 
-    def __init__(self, in_features: int, out_features: int) -> None:
+    def __init__(self, kind: type[nn.Module], *shape: int) -> None:
         super().__init__()
         # Gates start half open, so twice the gain keeps the size of the signal.
-        self.value = initialised(nn.Linear(in_features, out_features), 2.0)
-        self.gate = initialised(nn.Linear(in_features, out_features), 1.0)
+        self.value = initialised(kind(*shape), 2.0)
+        self.gate = initialised(kind(*shape), 1.0)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (*B, in_features) to (*B, out_features)."""
+        """Map x as a layer of its kind does."""
         return self.value(x) * torch.sigmoid(self.gate(x))
 
 
-class GatedConv2d(nn.Module):
-    """A convolution that opens and closes its own outputs: h = (W * x + b) sigmoid(V * x + c)."""
+class GatedLinear(_Gated):
+    """(W x + b) * sigmoid(V x + c), from (*B, in_features) to (*B, out_features)."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(nn.Linear, in_features, out_features)
+
+
+class GatedConv2d(_Gated):
+    """(W * x + b) sigmoid(V * x + c), (N, before, H, W) to (N, after, H / stride, W / stride)."""
 
     def __init__(self, before: int, after: int, kernel: int, stride: int) -> None:
-        super().__init__()
-        shape = (before, after, kernel, stride, kernel // 2)
-        self.value = initialised(nn.Conv2d(*shape), 2.0)
-        self.gate = initialised(nn.Conv2d(*shape), 1.0)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (N, before, H, W) to (N, after, H / stride, W / stride)."""
-        return self.value(x) * torch.sigmoid(self.gate(x))
+        super().__init__(nn.Conv2d, before, after, kernel, stride, kernel // 2)
 
 
 class ResidualBlock(nn.Module):
@@ -186,6 +186,7 @@ class Network(nn.Module, ABC):
 
     summary: ClassVar[str]
     x_shapes: ClassVar[str] = "any"
+    divisor: ClassVar[int] = 1  # of H and of W
     default_hidden: ClassVar[Shape]
     default_activation: ClassVar[str | None] = None
     layers: nn.Sequential
@@ -215,7 +216,7 @@ class Network(nn.Module, ABC):
 
     def takes(self, height: int, width: int) -> bool:
         """Whether the network can take images of this size."""
-        return True
+        return height % self.divisor == 0 and width % self.divisor == 0
 
 
 class Encoder(Network):
@@ -318,9 +319,8 @@ class _Convolutional(Network):
 
     def takes(self, height: int, width: int) -> bool:
         """Whether the network can take images of this size."""
-        if self.side is not None:
-            return (height, width) == (self.side, self.side)
-        return height % 4 == 0 and width % 4 == 0
+        fits = self.side is None or (height, width) == (self.side, self.side)
+        return fits and super().takes(height, width)
 
     def pyramid(self, height: int, width: int) -> list[tuple[int, int]]:
         """List H, W of the image, then after each layer."""
@@ -375,13 +375,10 @@ class _GatedConv(Network):
 
     summary = "gated convolutions, as in the VampPrior paper; slow without a GPU"
     x_shapes = "(C, 4i, 4j)"
+    divisor = 4
     default_hidden = (32, 32, 64, 64)
     maps: ClassVar[int] = 6  # that the encoder ends in
     dense_features: ClassVar[int] = 300  # that the decoder begins with
-
-    def takes(self, height: int, width: int) -> bool:
-        """Whether the network can take images of this size."""
-        return height % 4 == 0 and width % 4 == 0
 
 
 class _MLP(Network):
@@ -414,6 +411,7 @@ class _Conv64(_Convolutional):
 class _Residual(_Convolutional):
     summary = "residual convolutions for images with sides divisible by 4"
     x_shapes = "(C, 4i, 4j)"
+    divisor = 4
     residual = True
     default_hidden = (32, 64, 64)
     default_activation = "silu"

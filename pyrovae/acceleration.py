@@ -304,8 +304,13 @@ class CompiledSVI:
         step = _Step(self, plan, graphs, mode)
         if mode != "traced":
             # A graph keeps the kernels that the switches chose when it was captured.
-            with networks_in(None, self.precision):
-                step.compile(batch, noise, row)
+            try:
+                with networks_in(None, self.precision):
+                    step.compile(batch, noise, row)
+            except NotTraceableError:
+                if first:
+                    raise
+                return _Step(self, plan, graphs, "traced")  # slower, of a few batches alone
         return step
 
     def _whole(self, flat: Sequence[Tensor], keys: list[str]) -> Tensor:

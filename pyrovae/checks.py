@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 C = typing.TypeVar("C", bound="DataclassInstance")
 
+# Of a whole number that has no limit of its own: sizes in torch are integers of the machine.
+LARGEST = 2**31 - 1
+
 
 def field_type(f: "dataclasses.Field[Any]") -> tuple[type, bool, bool]:
     """A field's element type, whether it may be None, and whether it is a tuple of them."""
@@ -73,8 +76,9 @@ def _element(f: "dataclasses.Field[Any]", flag: str, kind: type, value: Any) -> 
         raise InputError(f"{flag} expects a finite number, got {value}")
     if limits["least"] is not None and value < limits["least"]:
         raise InputError(f"{flag} must be at least {limits['least']:g}, got {value}")
-    if limits["most"] is not None and value > limits["most"]:
-        raise InputError(f"{flag} must be at most {limits['most']}, got {value}")
+    most: Any = LARGEST if kind is int and limits["most"] is None else limits["most"]
+    if most is not None and value > most:
+        raise InputError(f"{flag} must be at most {most}, got {value}")
     if limits["above"] is not None and value <= limits["above"]:
         raise InputError(f"{flag} must be above {limits['above']:g}, got {value}")
     if limits["below"] is not None and value >= limits["below"]:

@@ -266,6 +266,7 @@ def _build(
     import torch
 
     from pyrovae import likelihoods, networks, posteriors, priors
+    from pyrovae.streams import own_streams
     from pyrovae.vae import VAE
 
     likelihood_class = likelihoods.REGISTRY[config.likelihood]
@@ -279,8 +280,7 @@ def _build(
         fixed["levels"] = levels
     pair = networks.REGISTRY[config.network]
     shape: Options = {"hidden": config.hidden, "activation": config.activation}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
+    with own_streams(config.seed):
         likelihood = _construct(
             "--likelihood", likelihood_class, config.likelihood_args, (x_shape,), fixed
         )

@@ -27,6 +27,7 @@ from pyrovae.explore_specs import Spec, decoder_spec, likelihood_spec
 from pyrovae.importance import check_has_density
 from pyrovae.plots import is_picture
 from pyrovae.runs import Run, atomic_path
+from pyrovae.streams import own_streams
 from pyrovae.vae import VAE
 
 SCRIPTS = (
@@ -175,8 +176,7 @@ def _places(vae: VAE, split: Split, num_images: int, seed: int) -> Spec:
     order = variance.argsort(descending=True)
     draws = None
     if not isinstance(vae.prior, priors.StandardNormal):
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(seed)
+        with own_streams(seed):
             draws = _base64(vae.prior().sample(torch.Size([_PRIOR_DRAWS])))
     return {
         "points": {"z": _base64(z), "labels": labels},

@@ -40,6 +40,7 @@ from pyrovae.data import Split
 from pyrovae.errors import InputError
 from pyrovae.proposals import IMAGE_BLOCK, PARTICLE_BLOCK, Proposal
 from pyrovae.runs import atomic_path
+from pyrovae.streams import own_streams
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -281,7 +282,7 @@ def _posterior(
                 proposal=proposal,
             )
         ):
-            with _stream(f"{evaluation.seed}/predict/{start}/{block}", device):
+            with _stream(f"{evaluation.seed}/predict/{start}/{block}"):
                 _, predicted = _simulate(vae.model, part, len(terms.log_weights), terms.latents)
             rows.append(
                 _Draws(
@@ -312,7 +313,7 @@ def _prior(
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     blocks = []
     for start in range(0, keep, PARTICLE_BLOCK):
-        with torch.no_grad(), _stream(f"{seed}/prior/{start}", x.device):
+        with torch.no_grad(), _stream(f"{seed}/prior/{start}"):
             blocks.append(_simulate(vae.model, x, min(PARTICLE_BLOCK, keep - start), {}))
     latents, predicted = (
         {name: np.concatenate([b[i][name] for b in blocks])[:, 0] for name in blocks[0][i]}
@@ -337,11 +338,10 @@ def _simulate(
 
 
 @contextmanager
-def _stream(key: str, device: torch.device) -> Iterator[None]:
+def _stream(key: str) -> Iterator[None]:
     """A random stream of torch's own for one block, leaving the caller's alone."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
-        torch.manual_seed(int.from_bytes(digest) >> 1)
+    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
+    with own_streams(int.from_bytes(digest) >> 1):
         yield
 
 

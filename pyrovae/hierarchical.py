@@ -193,7 +193,7 @@ class HierarchicalVAE(VAE):
                 means.append(z)
             return z
 
-        with seeded(seed, self):
+        with seeded(seed):
             self._inference(x, draw)
         return torch.cat(means, -1).mean(0)
 
@@ -247,7 +247,7 @@ def _check_hierarchy(vae: HierarchicalVAE) -> tuple[int, ...]:
         return q.sample(torch.Size() if q.batch_shape else torch.Size([1]))
 
     try:
-        with seeded(0, vae):
+        with seeded(0):
             vae._inference(x, draw)
             layers = vae._generation(draw)
     except (RuntimeError, AttributeError, TypeError) as error:

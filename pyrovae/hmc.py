@@ -26,6 +26,7 @@ from pyrovae.importance import (
     site_log_prob,
     with_particles,
 )
+from pyrovae.streams import own_streams
 
 TARGET_ACCEPT = 0.65
 # Steps vary by a fifth from transition to transition: a trajectory that closes on itself at one
@@ -250,7 +251,7 @@ def _only_site(guide: Program, x: Tensor) -> dict[str, Any] | None:
     A later site of a longer guide may depend on an earlier one: such a guide is run every time.
     """
     # Made without validation: a trajectory that leaves for infinity is rejected, not an error.
-    with torch.no_grad(), torch.random.fork_rng(devices=_cuda(x)), pyro.validation_enabled(False):
+    with torch.no_grad(), own_streams(), pyro.validation_enabled(False):
         trace = poutine.trace(guide).get_trace(x)
     sites = [site for site in trace.nodes.values() if is_latent(site)]
     return sites[0] if len(sites) == 1 else None
@@ -347,10 +348,5 @@ def simulate(model: Program, like: Tensor, num_images: int, seed: int = 0) -> Si
 
 def _seeded_trace(program: Program, x: Tensor, key: str) -> poutine.Trace:
     digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
-    with torch.no_grad(), torch.random.fork_rng(devices=_cuda(x)):
-        torch.manual_seed(int.from_bytes(digest) >> 1)
+    with torch.no_grad(), own_streams(int.from_bytes(digest) >> 1):
         return poutine.trace(program).get_trace(x)
-
-
-def _cuda(x: Tensor) -> list[torch.device]:
-    return [x.device] if x.is_cuda else []

@@ -25,6 +25,7 @@ from pyrovae.proposals import (
     Proposal,
     from_noise,
 )
+from pyrovae.streams import own_streams
 
 Program = Callable[[Tensor], Any]
 
@@ -221,7 +222,7 @@ def _sampler(guide: Program, x: Tensor) -> Callable[[Noise], poutine.Trace]:
 
 def trace_quietly(guide: Program, x: Tensor) -> poutine.Trace:
     """Run a guide for its distributions' sake, leaving the caller's random stream alone."""
-    with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
+    with own_streams():
         return poutine.trace(guide).get_trace(x)
 
 
@@ -240,8 +241,7 @@ def latent_mean(guide: Program, x: Tensor) -> Tensor | None:
 def _seeded_trace(guide: Program, noise: Noise, x: Tensor) -> poutine.Trace:
     # A guide that is not made of normals draws from torch's stream. Only whole blocks are
     # reproducible then; `plan` keeps to those.
-    with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
-        torch.manual_seed(noise.stream_seed())
+    with own_streams(noise.stream_seed()):
         return poutine.trace(with_particles(guide, len(noise.particles))).get_trace(x)
 
 

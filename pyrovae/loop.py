@@ -22,6 +22,7 @@ from pyrovae.errors import InputError, NonFiniteLossError
 from pyrovae.importance import Program, Programs
 from pyrovae.optimizers import WholeModelOptimizer, average_decay
 from pyrovae.runs import Run, load_checkpoint, save_checkpoint
+from pyrovae.streams import own_streams
 
 Metrics = dict[str, Any]
 
@@ -49,6 +50,8 @@ class Loop:
     ema: dict[str, Tensor] | None
     decay: float = 0.0
     precision: str = "fp32"
+    plan: dict[str, Any]
+    """What a run cannot change when it is taken up again."""
     engine: SVI | CompiledSVI
 
     def __init__(self, vae: Programs, data: Data, device: torch.device, run: Run | None):
@@ -105,7 +108,7 @@ class Loop:
         self.state.step_in_epoch += 1
 
     def _svi_step(self, svi: SVI, x: Tensor) -> float:
-        stream = torch.get_rng_state()
+        streams = self._streams()
         try:
             with networks_in(self.vae, self.precision):
                 loss = float(svi.step(x))
@@ -116,7 +119,7 @@ class Loop:
         except FloatingPointError as error:
             what = str(error)
         if what:
-            torch.set_rng_state(stream)  # meet the same draws again
+            self._put_streams(streams)  # meet the same draws again
             site = first_bad_site(svi.model, svi.guide, x)
             raise self._non_finite(self.state.step + 1, what, site)
         return loss
@@ -157,7 +160,7 @@ class Loop:
         )
 
     def end_epoch(self, seed: int, validate: bool = True) -> Metrics:
-        """Validate, keep the weights if they are the best, save; returns the epoch's metrics."""
+        """Validate, keep the weights if they are the best; returns the epoch's metrics."""
         self.wait()
         state = self.state
         state.epoch += 1
@@ -167,7 +170,6 @@ class Loop:
         if isinstance(self.engine, CompiledSVI):
             self.engine.total.zero_()
         terms = self._judge(seed) if validate else {}
-        self.save_last()
         return {
             "epoch": state.epoch,
             "step": state.step,
@@ -232,6 +234,7 @@ class Loop:
             "model": self.vae.state_dict(),
             "ema": self.ema,
             "optimizer": self.optimizer.state_dict(),
+            "plan": self.plan,
             "state": asdict(self.state),
             **self._streams(),
             "others": processes.gather(self._streams())[1:],
@@ -264,6 +267,12 @@ class Loop:
         """Take up the run's last checkpoint: weights, optimiser, averages and random streams."""
         assert self.run is not None
         saved = load_checkpoint(self.run.last)
+        for name, before in saved.get("plan", {}).items():
+            if self.plan.get(name) != before:
+                raise InputError(
+                    f"{self.run.last} was trained with {name}={before!r}; resume with that, not "
+                    f"{self.plan.get(name)!r}"
+                )
         try:
             self.vae.load_state_dict(saved["model"])
             self.optimizer.load_state_dict(saved["optimizer"])
@@ -294,6 +303,9 @@ class Loop:
         if streams is None:
             return
         self._resumed_stream = streams["data_stream"]
+        self._put_streams(streams)
+
+    def _put_streams(self, streams: dict[str, Any]) -> None:
         torch.set_rng_state(streams["torch_stream"])
         if streams["cuda_stream"] is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(streams["cuda_stream"], self.device)
@@ -333,18 +345,16 @@ def first_bad_site(model: Program, guide: Program, x: Tensor) -> str:
 
 
 @contextmanager
-def scoped_globals(device: torch.device, seed: int) -> Iterator[None]:
+def scoped_globals(seed: int) -> Iterator[None]:
     """Seeded streams, an empty parameter store and no validation, all put back at the end."""
-    devices = [device] if device.type == "cuda" else []
     with (
-        torch.random.fork_rng(devices=devices),
+        own_streams(mix(seed, "draws", *own_part())),
         pyro.get_param_store().scope(),
         pyro.validation_enabled(False),
         warnings.catch_warnings(),
     ):
         # Pyro warns of a NaN; here it becomes an error that says where.
         warnings.filterwarnings("ignore", message="Encountered NaN")
-        torch.manual_seed(mix(seed, "draws", *own_part()))
         yield
 
 

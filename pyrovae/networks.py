@@ -303,11 +303,15 @@ class _DenseDecoder(_Dense, Decoder):
         return [*self.stack(sizes), initialised(last, SMALL_GAIN)]
 
     @torch.no_grad()
-    def start_at(self, params: Tensor) -> None:
-        """Set the output bias to `params` (*out_shape); an untrained decoder gives about these."""
-        bias = self.layers[-1].bias
-        assert isinstance(bias, Tensor)
-        bias.copy_(params.flatten())
+    def start_at(self, params: Tensor, shrink: float = 1.0) -> None:
+        """Set the output bias to `params` (*out_shape); an untrained decoder gives about these.
+
+        What z adds to them at first is multiplied by `shrink`.
+        """
+        last = self.layers[-1]
+        assert isinstance(last, nn.Linear)
+        last.bias.copy_(params.flatten())
+        last.weight.mul_(shrink)
 
 
 class _Convolutional(Network):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pyrovae.errors import InputError
 from pyrovae.runs import atomic_path
+from pyrovae.streams import own_streams
 
 if TYPE_CHECKING:
     from pyrovae.vae import VAE
@@ -134,9 +135,7 @@ def prior_moments(vae: "VAE", num_samples: int = 4096) -> tuple[Tensor, Tensor]:
             return p.mean, p.stddev
         except NotImplementedError:
             pass
-    devices = [_device(vae)] if _device(vae).type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(0)
+    with own_streams(0):
         z = vae.draw_latents(num_samples)
     return z.mean(0), z.std(0)
 

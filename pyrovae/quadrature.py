@@ -21,6 +21,7 @@ from pyrovae.data import Split
 from pyrovae.errors import InputError
 from pyrovae.evaluation import bits_per_dim
 from pyrovae.importance import Program
+from pyrovae.streams import own_streams
 
 # Points of the rule along each side of a cell, and cells along each side of the first grid.
 _POINTS = 5
@@ -153,8 +154,7 @@ class _Space(NamedTuple):
 
 
 def _space(model: Program, x: Tensor) -> _Space:
-    with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
-        torch.manual_seed(0)
+    with own_streams(0):
         program = importance.with_particles(model, _PRIOR_DRAWS)
         trace = poutine.trace(program).get_trace(x[:1])
     latents = {n: site for n, site in trace.nodes.items() if importance.is_latent(site)}

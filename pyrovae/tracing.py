@@ -26,6 +26,7 @@ from pyrovae.errors import InputError
 from pyrovae.importance import LogTerms, Program, is_bookkeeping, isolated_params, log_terms
 from pyrovae.objectives import KLWeight
 from pyrovae.proposals import from_noise
+from pyrovae.streams import own_streams
 
 
 class NotTraceableError(InputError):
@@ -166,10 +167,9 @@ class Traced:
             NotTraceableError: if they change a buffer.
         """
         draws = Draws()
-        devices = [x.device] if x.is_cuda else []
         params = [p.detach().requires_grad_() for p in self.named.values()]
         weight = torch.ones((), dtype=torch.float64, device=x.device)
-        with torch.random.fork_rng(devices=devices), pyro.validation_enabled(False):
+        with own_streams(), pyro.validation_enabled(False):
             before = [t.clone() for t in self.constants]
             self._call(params, self.constants, x, draws, weight)
         changed = [
@@ -256,9 +256,8 @@ class Traced:
             NotTraceableError: if loss or a gradient differ, or the programs cannot be traced.
         """
         graph = self.graph(plan, x)
-        devices = [x.device] if x.is_cuda else []
         params = [p.detach() for p in self.named.values()]
-        with torch.random.fork_rng(devices=devices), pyro.validation_enabled(False):
+        with own_streams(), pyro.validation_enabled(False):
             noise = {
                 key: torch.randn(shape, dtype=dtype, device=x.device)
                 for key, (shape, dtype) in plan.noise.items()
@@ -360,9 +359,8 @@ class TracedTerms:
     def plan(self, x: Tensor) -> Plan:
         """Run the programs once, to learn what noise they need for x (B, *x_shape)."""
         draws = Draws()
-        devices = [x.device] if x.is_cuda else []
         with (
-            torch.random.fork_rng(devices=devices),
+            own_streams(),
             pyro.validation_enabled(False),
             torch.no_grad(),
         ):

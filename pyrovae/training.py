@@ -107,6 +107,7 @@ def fit(
         engine: "svi" is `pyro.infer.SVI`; "compiled" and "cuda-graph" take the same step, traced
             and compiled (`acceleration.CompiledSVI`); "auto" is the fastest that this device has,
             where the steps repay the compilation, and SVI for programs that cannot be traced.
+            ("traced", for those without a compiler, takes that step operation by operation.)
         precision: "fp32", "tf32" or "bf16", of the networks' matrix products in training.
         seed: of data order, binarisation and all draws.
         device: "auto" (CUDA if there is any), "cpu", "cuda", ...
@@ -118,8 +119,10 @@ def fit(
         say: told in one line which engine runs, and why.
 
     Raises:
-        InputError: for settings or data that cannot be used.
+        InputError: for settings or data that cannot be used, for a run= that holds a run which is
+            not to be resumed, or was trained with another plan.
         NonFiniteLossError: when a loss or gradient is NaN or infinite, naming step and site.
+        ProcessLostError: when another process of a distributed run has gone.
     """
     objective = objective if objective is not None else objectives.elbo()
     _check_settings(locals())
@@ -127,6 +130,10 @@ def fit(
     run = run if isinstance(run, Run) or run is None else Run(run)
     if resume and run is None:
         raise InputError("resume=True needs run=, the directory to resume from")
+    if run is not None and not resume and run.last.exists():
+        raise InputError(
+            f"{run.path} already holds a run; give resume=True to go on with it, or another run="
+        )
     likelihood = getattr(vae, "likelihood", None)
     if likelihood is not None:
         check_data(likelihood, data)
@@ -161,6 +168,8 @@ def fit(
         steps_per_epoch=steps_per_epoch,
         warmup_steps=warmup_epochs * steps_per_epoch,
     )
+    horizon = (schedule_epochs or epochs) if schedule == "cosine" else None
+    loop.plan = {"optimizer": optimizer, "schedule": schedule, "schedule_epochs": horizon}
     weight = objectives.KLWeight(beta).to(device)
     model, guide = objectives.with_handlers(
         vae.model, vae.guide, objective, weight=weight, free_nats=free_bits
@@ -169,13 +178,13 @@ def fit(
     if resume and run is not None:
         mode, by_index = acceleration.mode_of(load_checkpoint(run.last))
         engine = mode if engine == "auto" else engine
-        if engine == "cuda-graph" and device.type != "cuda":
-            engine = "compiled"
+        if engine in ("cuda-graph", "compiled") and device.type != "cuda":
+            engine = "compiled" if acceleration.has_compiler() else "traced"
     metrics_log: list[Metrics] = []
     stopped = "epochs"
 
     with ExitStack() as scope:
-        scope.enter_context(scoped_globals(device, seed))
+        scope.enter_context(scoped_globals(seed))
         loop.engine, engine_line = _engine(
             engine,
             epochs * steps_per_epoch,
@@ -221,15 +230,19 @@ def fit(
                 break
             last = state.epoch + 1 == epochs
             metrics = loop.end_epoch(seed, last or (state.epoch + 1) % validate_every == 0)
-            metrics |= {"lr": rate(state.step - 1), "kl_weight": float(weight.value)}
+            done = beta * _warmup(state.step - 1, kl_warmup * steps_per_epoch)
+            metrics |= {"lr": rate(state.step - 1), "kl_weight": done}
             metrics_log.append(metrics)
             if run is not None and processes.is_first():
-                run.append_metrics(metrics)
+                run.append_metrics(metrics)  # a line too many is cut off again, one is never lost
+            loop.save_last()
             if "valid_elbo" in metrics:
                 bar.set_postfix_str(f"valid ELBO {metrics['valid_elbo']:.2f}")
             if callback is not None:
                 callback(metrics)
     if stopped != "interrupted":
+        if say is not None and state.epoch and loop.best is None:
+            say("no validation ELBO was finite, so none was the best: these are the last weights")
         loop.load_best()
     return History(metrics_log, state.best_epoch, state.best_elbo, stopped)
 

@@ -13,6 +13,7 @@ from pyrovae.errors import InputError
 from pyrovae.likelihoods import Likelihood
 from pyrovae.posteriors import Posterior
 from pyrovae.priors import Prior
+from pyrovae.streams import own_streams
 
 _SERIAL = count()
 
@@ -131,19 +132,27 @@ class VAE(nn.Module):
         if start_at is None:
             return
         best = x.new_zeros(1, *self.likelihood.params_shape, requires_grad=True)
-        optimizer = torch.optim.Adam([best], lr=0.1)
+        # Each pixel is a problem of its own, on a scale of its own: the logit of a black one is -10
+        # for a Bernoulli and -500 for a continuous Bernoulli. Rprop finds a step for each.
+        optimizer = torch.optim.Rprop([best], lr=0.1)
         for _ in range(steps):
             # The small penalty keeps a pixel that never varies from running off to infinity.
-            loss = 5e-4 * best.square().sum() - self.likelihood(best).log_prob(x).mean()
+            loss = 5e-4 * best.abs().sum() - self.likelihood(best).log_prob(x).mean()
             (best.grad,) = torch.autograd.grad(loss, best)
             optimizer.step()
         with torch.no_grad():
             z = self.draw_latents(len(x))
-            before = self.likelihood(self.params(z)).log_prob(x).mean()
-            start_at(best)
-            # A narrow likelihood can suffer more from the decoder's first noise than it gains.
-            if self.likelihood(self.params(z)).log_prob(x).mean() < before:
-                start_at(torch.zeros_like(best))
+
+            def likely() -> Tensor:
+                return self.likelihood(self.params(z)).log_prob(x).mean()
+
+            before, most = likely(), self.likelihood(best).log_prob(x).mean()
+            # A narrow likelihood suffers from the decoder's first noise, which must then be small.
+            for shrink in (1.0, 0.1, 0.1):
+                start_at(best, shrink)
+                if likely() >= before + 0.9 * (most - before):
+                    return
+            start_at(torch.zeros_like(best), 100.0)
 
     @torch.no_grad()
     def generate(self, num_samples: int, *, mean: bool = False, seed: int | None = None) -> Tensor:
@@ -156,7 +165,7 @@ class VAE(nn.Module):
         >>> vae.generate(3, seed=0).shape
         torch.Size([3, 1, 8, 8])
         """
-        with seeded(seed, self):
+        with seeded(seed):
             return self.decode(self.draw_latents(num_samples), mean=mean)
 
     @torch.no_grad()
@@ -178,7 +187,7 @@ class VAE(nn.Module):
     @torch.no_grad()
     def decode(self, z: Tensor, *, mean: bool = True, seed: int | None = None) -> Tensor:
         """E[x | z], or a draw x ~ p(x | z) with ``mean=False``, for z (*B, D): (*B, *x_shape)."""
-        with seeded(seed, self):
+        with seeded(seed):
             p = self.likelihood(self.params(z))
             return p.mean if mean else p.sample()
 
@@ -199,7 +208,7 @@ class VAE(nn.Module):
         try:
             return q.mean
         except NotImplementedError:
-            with seeded(seed, self):
+            with seeded(seed):
                 return q.sample(torch.Size([num_samples])).mean(0)
 
     @torch.no_grad()
@@ -213,7 +222,7 @@ class VAE(nn.Module):
         >>> vae.reconstruct(torch.zeros(5, 1, 8, 8), seed=0).shape
         torch.Size([5, 1, 8, 8])
         """
-        with seeded(seed, self):
+        with seeded(seed):
             return self.decode(self.infer(x), mean=mean)
 
     @torch.no_grad()
@@ -259,14 +268,12 @@ def count_parameters(module: nn.Module) -> int:
 
 
 @contextmanager
-def seeded(seed: int | None, module: nn.Module) -> Iterator[None]:
+def seeded(seed: int | None) -> Iterator[None]:
     """Draw from ``seed`` without moving anybody else's random stream; None: the caller's own."""
     if seed is None:
         yield
         return
-    devices = {p.device for p in module.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices=list(devices)):
-        torch.manual_seed(seed)
+    with own_streams(seed):
         yield
 
 

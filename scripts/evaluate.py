@@ -3,7 +3,8 @@
     python scripts/evaluate.py runs/first --num-particles 1000
 
 ``log p(x) ~ log (1/K) sum_k w_k`` with ``w_k = p(z_k) p(x | z_k) / q(z_k | x)`` and K draws z_k
-from q(z | x). It reads every run, of ``scripts/train.py`` or of ``pyrovae train``. ``pyrovae
+from q(z | x). It reads the run of a VAE with one layer of latents, trained by ``scripts/train.py``
+or by ``pyrovae train``. ``pyrovae
 evaluate`` is the same estimate with a memory plan, and noise that does not depend on the batch.
 """
 
@@ -75,6 +76,8 @@ def log_weights(vae: VAE, x: Tensor, num_particles: int) -> Tensor:
 
 def evaluate(run: runs.Run, config: cfg.EvaluateConfig) -> None:
     device = resolve_device(config.device)
+    if cfg.run_config(run).model != "vae":
+        raise InputError("this script is for runs of --model vae; use pyrovae evaluate")
     vae = cfg.load(run, device=str(device))
     split = images(run, config)
     x = split.tensor(torch.Generator().manual_seed(config.seed))

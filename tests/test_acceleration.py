@@ -210,7 +210,12 @@ def test_dequantised_batches_agree_too():
 def test_the_compiled_step_agrees_and_is_compiled_once(monkeypatch):
     made = []
     once = torch._inductor.compile
-    monkeypatch.setattr(torch._inductor, "compile", lambda *args: made.append(0) or once(*args))
+
+    def counted(*args, **options):
+        made.append(0)
+        return once(*args, **options)
+
+    monkeypatch.setattr(torch._inductor, "compile", counted)
     assert_agree(*both_ways("compiled", "elbo", {"clip_norm": 5.0}))
     assert len(made) == 1  # learning rate and KL weight changed at each of the 20 steps
 
@@ -354,7 +359,7 @@ def test_what_cannot_be_traced_is_refused(draw, reason):
 
 
 def test_a_compiler_that_fails_is_refused_and_changes_nothing(monkeypatch):
-    def broken(graph, example):
+    def broken(graph, example, **options):
         raise RuntimeError("no such header")
 
     monkeypatch.setattr(torch._inductor, "compile", broken)
@@ -369,7 +374,7 @@ def test_a_compiler_that_fails_is_refused_and_changes_nothing(monkeypatch):
 
 def test_a_compiler_that_errs_is_refused(monkeypatch):
     monkeypatch.setattr(
-        torch._inductor, "compile", lambda graph, example: lambda *args: graph(*args) * 1.01
+        torch._inductor, "compile", lambda graph, *_, **__: lambda *args: graph(*args) * 1.01
     )
     vae, data = tiny_vae()
     with pytest.raises(NotTraceableError, match="compiled step differs from the traced one's"):

@@ -40,6 +40,14 @@ WORDS: dict[str, tuple[str, str]] = {
     "K = -1": ("evaluate run --num-particles -1", "--num-particles must be at least 1"),
     "K = 0 in training": ("train --num-particles 0", "--num-particles must be at least 1"),
     "K = -1 at the end": ("train --final-particles -1", "--final-particles must be at least 0"),
+    "more images than a machine can count": (
+        f"train --batch-size {10**20}",
+        "--batch-size must be at most 2147483647",
+    ),
+    "more draws than a machine can count": (
+        f"evaluate run --num-particles {10**20}",
+        "--num-particles must be at most 2147483647",
+    ),
     "negative lr": ("train --lr -0.1", "--lr must be above 0"),
     "negative lr in scientific notation": ("train --lr -1e-3", "--lr must be above 0, got -0.001"),
     "lr minus infinity": ("train --lr -inf", "--lr expects a finite number"),

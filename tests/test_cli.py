@@ -37,6 +37,7 @@ from pyrovae import config as cfg
 from pyrovae.cli import main
 from pyrovae.commands import info as info_command
 from pyrovae.commands import train as train_command
+from pyrovae.loop import Loop
 from pyrovae.parser import COMMANDS, INFO
 from pyrovae.runs import Run, load_checkpoint
 
@@ -257,6 +258,23 @@ def test_a_real_process_stops_and_is_resumed(signum: int, status: int, here: Pat
     ok(f"{TINY} --out again --epochs {epochs}")
     same_state(here / "real/checkpoints/last.pt", here / "again/checkpoints/last.pt")
     assert metrics("real") == metrics("again")
+
+
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_stopped_in_the_last_validation(
+    signum: int, status: int, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judge = Loop._judge
+
+    def stopping(loop: Loop, seed: int) -> Any:
+        signal.raise_signal(signum)
+        return judge(loop, seed)
+
+    monkeypatch.setattr(Loop, "_judge", stopping)
+    done = shell(f"{TINY} --epochs 1 --final-particles 1 --out late")
+    assert (done.status, done.out) == (status, "")
+    assert "training is done. Next: pyrovae evaluate late" in done.err
+    assert names(here / "late") == RECORDS
 
 
 def test_stopped_after_training(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

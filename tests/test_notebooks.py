@@ -58,8 +58,11 @@ def test_committed_small_and_clean(path: Path) -> None:
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)
 def test_runs(path: Path, tmp_path: Path) -> None:
     environment = {**os.environ, "PYROVAE_SMOKE": "1", "PYTHONPATH": str(ROOT)}
+    here = tmp_path / "notebooks"  # what it writes stays there, what it reads lies beside it
+    here.mkdir()
+    (tmp_path / "benchmarks").symlink_to(ROOT / "benchmarks")
     done = subprocess.run(
-        [sys.executable, "-c", EXECUTE, str(path), str(tmp_path)],
+        [sys.executable, "-c", EXECUTE, str(path), str(here)],
         env=environment,
         capture_output=True,
         text=True,

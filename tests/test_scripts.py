@@ -102,6 +102,14 @@ def test_mistakes_are_one_line(script: str, flags: str, says: str, tmp_path: Pat
     assert not list(tmp_path.iterdir())
 
 
+def test_an_autoencoder_is_refused(tmp_path: Path) -> None:
+    small = "train --model autoencoder --latent-dim 2 --epochs 1 --quiet --out"
+    assert cli.main([*small.split(), str(tmp_path / "auto")]) == 0
+    done = run("evaluate.py", "auto --num-particles 5", tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "for runs of --model vae" in done.stderr
+
+
 def test_a_run_is_not_overwritten(trained: Path) -> None:
     before = (trained / "config.json").read_bytes()
     done = run("train.py", f"{SMALL} --out {trained}", trained)

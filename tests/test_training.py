@@ -11,12 +11,12 @@ from tiny import tiny_config, tiny_data, tiny_vae
 from torch import nn
 
 import pyrovae as pv
+from pyrovae import acceleration, objectives
 from pyrovae import config as cfg
-from pyrovae import objectives
 from pyrovae.errors import InputError, NonFiniteLossError
-from pyrovae.loop import State, copy_weights, first_bad_site
+from pyrovae.loop import Loop, State, copy_weights, first_bad_site
 from pyrovae.optimizers import OPTIMIZERS, WholeModelOptimizer, learning_rate
-from pyrovae.runs import Run, load_checkpoint
+from pyrovae.runs import Run, load_checkpoint, save_checkpoint
 from pyrovae.training import fit, resolve_device
 
 
@@ -194,6 +194,71 @@ def test_resume_forgets_metrics_of_epochs_after_the_checkpoint(tmp_path):
     run.append_metrics({"epoch": 3, "valid_elbo": 0.0})  # written, then killed before the save
     fit(vae, data, epochs=3, run=run, resume=True)
     assert [m["epoch"] for m in run.read_metrics()] == [1, 2, 3]
+
+
+def test_no_line_of_metrics_is_lost_with_a_killed_process(tmp_path, monkeypatch):
+    run = Run(tmp_path)
+    vae, data = tiny_vae()
+    append = Run.append_metrics
+
+    def killed(self, metrics):
+        if metrics["epoch"] == 2:
+            raise KeyboardInterrupt
+        append(self, metrics)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Run, "append_metrics", killed)
+        fit(vae, data, epochs=3, run=run)
+    fit(vae, data, epochs=3, run=run, resume=True)
+    assert [m["epoch"] for m in run.read_metrics()] == [1, 2, 3]
+
+
+def test_an_epoch_interrupted_after_its_last_step_has_its_metrics(tmp_path):
+    settings = {"epochs": 2, "batch_size": 10, "kl_warmup": 4, "beta": 0.5}
+    vae, data = tiny_vae()
+    steps = -(-len(data.train) // 10)
+    whole = fit(vae, data, **settings).metrics[0]
+    done = iter(range(1, 1000))
+    vae, data = tiny_vae()
+    fit(vae, data, run=tmp_path, should_stop=lambda: next(done) == steps, **settings)
+    resumed = fit(vae, data, run=tmp_path, resume=True, **settings).metrics[0]
+    assert resumed["epoch"] == 1
+    assert resumed["kl_weight"] == whole["kl_weight"] < 0.5
+    assert resumed["train_loss"] == whole["train_loss"]
+
+
+def test_a_run_is_not_written_over_and_keeps_its_plan(tmp_path):
+    vae, data = tiny_vae()
+    fit(vae, data, epochs=1, schedule="cosine", run=tmp_path)
+    with pytest.raises(InputError, match="already holds a run; give resume=True"):
+        fit(vae, data, epochs=1, run=tmp_path)
+    for other, says in (
+        ({"epochs": 2, "schedule": "cosine"}, "schedule_epochs=1; resume with that, not 2"),
+        ({"epochs": 2}, "schedule='cosine'"),
+        ({"epochs": 1, "schedule": "cosine", "optimizer": "shampoo"}, "optimizer='adam'"),
+    ):
+        with pytest.raises(InputError, match=says):
+            fit(vae, data, run=tmp_path, resume=True, **other)
+
+
+def test_a_compiled_run_goes_on_without_a_compiler(tmp_path, monkeypatch):
+    vae, data = tiny_vae()
+    fit(vae, data, epochs=1, engine="traced", run=tmp_path)
+    last = Run(tmp_path).last
+    saved = load_checkpoint(last)
+    saved["engine"]["mode"] = "cuda-graph"
+    save_checkpoint(last, saved)
+    monkeypatch.setattr(acceleration, "has_compiler", lambda: False)
+    assert len(fit(vae, data, epochs=2, run=tmp_path, resume=True).metrics) == 2
+
+
+def test_validation_that_is_never_finite_is_said(monkeypatch):
+    vae, data = tiny_vae()
+    worst = {"valid_elbo": -math.inf, "valid_rate": math.inf, "valid_distortion": 0.0}
+    monkeypatch.setattr(Loop, "_validate", lambda self, seed: worst)
+    lines = []
+    assert fit(vae, data, epochs=1, engine="svi", say=lines.append).best_epoch == 0
+    assert "no validation ELBO was finite" in lines[-1]
 
 
 def test_resume_of_another_model_is_refused(tmp_path):

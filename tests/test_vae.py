@@ -4,6 +4,7 @@ import copy
 import pickle
 
 import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from exact import Affine, FixedNoise, linear_gaussian
@@ -180,11 +181,35 @@ def test_initialize_never_makes_the_data_less_likely(likelihood):
     assert all(p.requires_grad and p.grad is None for p in vae.parameters())
 
 
+def test_initialize_finds_parameters_on_their_own_scales():
+    """A black dequantised pixel wants a logit of -256, a middling one of 0; both are found."""
+    vae, data = tiny_vae(likelihood="continuous-bernoulli")
+    x = torch.rand(200, *data.x_shape, generator=torch.Generator().manual_seed(0))
+    x[:, 0, 0] /= 256
+    vae.initialize(x)
+    start = vae.likelihood(vae.decoder.layers[-1].bias.detach().unflatten(0, (1, *data.x_shape)))
+    assert torch.allclose(start.mean, x.mean(0), rtol=0.3, atol=0.01)
+    assert float(start.mean[0, 0].max()) < 1 / 256
+
+
+def test_initialize_quietens_a_decoder_whose_noise_would_cost_more_than_the_start_gains():
+    vae, data = tiny_vae(likelihood="gaussian", likelihood_args={"scale": "per-pixel"})
+    x = 0.5 + 1e-3 * torch.randn(200, *data.x_shape, generator=torch.Generator().manual_seed(0))
+    weight = vae.decoder.layers[-1].weight
+    size = float(weight.detach().norm())
+    vae.initialize(x)
+    assert 0 < float(weight.detach().norm()) <= 0.11 * size
+    exact = dist.Normal(x.mean(0), x.std(0)).log_prob(x).sum((1, 2, 3)).mean()
+    with torch.no_grad():
+        started = vae.likelihood(vae.decoder(torch.randn(200, 2))).log_prob(x).mean()
+    assert float(started) > 0.85 * float(exact)
+
+
 def test_initialize_keeps_the_old_start_where_the_new_one_is_worse(monkeypatch):
     vae, data = tiny_vae(likelihood="gaussian", likelihood_args={"scale": 1e-3})
     x = data.train.batch(torch.arange(20), torch.Generator().manual_seed(0))
     original = vae.decoder.start_at
-    monkeypatch.setattr(vae.decoder, "start_at", lambda params: original(params * 100))
+    monkeypatch.setattr(vae.decoder, "start_at", lambda p, shrink: original(p * 100, shrink))
     vae.initialize(x)
     assert not vae.decoder.layers[-1].bias.any()
 

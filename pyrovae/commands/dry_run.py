@@ -13,6 +13,7 @@ from pyrovae import data, objectives
 from pyrovae.commands.info import count
 from pyrovae.commands.output import show
 from pyrovae.importance import log_terms
+from pyrovae.streams import own_streams
 from pyrovae.training import fit
 from pyrovae.vae import VAE
 
@@ -107,7 +108,7 @@ def activations(vae: VAE, split: data.Split, config: cfg.TrainConfig, device: to
 
     x = split.head(config.batch_size).tensor(torch.Generator().manual_seed(0)).to(device)
     own = {p.untyped_storage().data_ptr() for p in vae.parameters()}
-    with torch.random.fork_rng(), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+    with own_streams(), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         loss = -log_terms(vae.model, vae.guide, x, config.num_particles).log_weights.sum()
     # The graph is alive until here, so no two storages had one address.
     del loss

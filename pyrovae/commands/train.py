@@ -88,6 +88,10 @@ def _train(args: argparse.Namespace, given: dict[str, Any]) -> int:
             say(f"stopped; all is saved. Continue: {again}", not processes.is_first())
             return 128 + interrupts.signal
         interrupts.immediate = True
+        if interrupts.signal:  # it came in the last validation
+            line = f"stopped; training is done. Next: pyrovae evaluate {quoted(run.path)}"
+            say(line, not processes.is_first())
+            return 128 + interrupts.signal
         if history.stopped == "patience":
             bound = "ELBO" if vae.has_density else "error"
             line = f"stopped early: no better validation {bound} in {config.patience} epochs"

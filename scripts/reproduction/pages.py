@@ -18,7 +18,7 @@ _HEAD = (
     "published",
     "difference",
     "K",
-    "seeds",
+    "seed",
     "epochs",
     "training",
     "command",
@@ -62,11 +62,12 @@ def write(place: Place, tables: Tables) -> None:
     parts += ["## What the rows train", _commands(tables)]
     _save(folder / "README.md", "\n\n".join(parts) + "\n")
     groups = by_data(tables["likelihoods"], found["likelihoods"])
-    _save(folder / "likelihoods.md", _likelihoods(groups, place.figures))
+    planned = _planned_by_data(tables["likelihoods"])
+    _save(folder / "likelihoods.md", _likelihoods(groups, planned, place.figures))
     if readme is not None:
         text = readme.read_text(encoding="utf-8")
         text = _between(text, "published tables", _short(tables, found), readme)
-        _save(readme, _between(text, "likelihoods", _winners(groups), readme))
+        _save(readme, _between(text, "likelihoods", _matrix(groups, planned), readme))
 
 
 _LEAD = """# Published tables
@@ -75,7 +76,11 @@ Written by `python scripts/reproduce.py`, from the result files beside this page
 Numbers are minus log p(x) in nats per image, lower is better, estimated on the whole test split
 with K draws of z per image. ± is the standard error over images, the mean over seeds; [±] the
 standard deviation over seeds. The published ± is over the paper's runs. The weights were chosen by
-the validation ELBO; test images were used once, for the number."""
+the validation ELBO; test images were used once, for the number. Time is that of training, on the
+machine named beside it. VAE, k: the ELBO of k draws; IWAE, k: the importance-weighted bound of k
+draws. HVAE and ConvHVAE have two layers of latents, the latter with convolutions; VampPrior (500)
+is a mixture of the posteriors at 500 learned inputs. To a command add `--data-root DATA`, the
+folder of the data, and `--download` the first time."""
 
 
 def _table(rows: dict[str, Row], found: dict[str, Content]) -> str:
@@ -94,7 +99,7 @@ def _cells(row: Row, content: Content | None) -> tuple[str, ...]:
         theirs = f"{published.nats:.2f}" + (f" ± {published.error:.2f}" if published.error else "")
     how = f"`python scripts/reproduce.py --table {row.table} --row {row.name}`"
     if content is None:
-        why = "not measured on a GPU" if row.gpu else "not run"
+        why = "not measured: needs a GPU" if row.gpu else "not run"
         return (row.title, why, theirs, "", "", "", _planned(row), "", how)
     seeds = list(content["seeds"].values())
     nats = -statistics.fmean(s["log_likelihood"] for s in seeds)
@@ -144,7 +149,10 @@ def _commands(tables: Tables) -> str:
     lines = []
     for table in _TITLES:
         lines += [f"- {table} / {row.name}: `{command(row)}`" for row in tables[table].values()]
-    lines.append("\nDATA is the folder of the data. `--seed` follows `--seeds`.")
+    lines.append(
+        "\nThis is the training alone. Give each a folder of its own, `--out RUN`, and a `--seed`; "
+        "then `pyrovae evaluate RUN --num-particles 5000`."
+    )
     return "\n".join(lines)
 
 
@@ -172,8 +180,8 @@ _LIKELIHOOD_HEAD = (
     "rate",
     "active units",
     "K",
-    "seeds",
-    "epochs",
+    "seed",
+    "best epoch",
     "training",
 )
 
@@ -191,19 +199,24 @@ def bits(content: Content) -> float:
     return statistics.fmean(s["bits_per_dim"] for s in content["seeds"].values())
 
 
-def _likelihoods(groups: Groups, figures: Path) -> str:
+def _planned_by_data(rows: dict[str, Row]) -> dict[str, list[Row]]:
+    return {data: [r for r in rows.values() if r.name.split("-")[0] == data] for data in PICTURES}
+
+
+def _likelihoods(groups: Groups, planned: dict[str, list[Row]], figures: Path) -> str:
     parts = [_LIKELIHOOD_LEAD.format(protocol=PROTOCOLS["likelihoods"])]
     for data, rows in groups.items():
         parts.append(f"## {PICTURES[data][0][0].upper()}{PICTURES[data][0][1:]}")
-        if not rows:
+        if rows:
+            parts.append(markdown(_LIKELIHOOD_HEAD, [_likelihood_cells(*pair) for pair in rows]))
+        run = {row.name for row, _ in rows}
+        if missing := [f"`{row.title}`" for row in planned[data] if row.name not in run]:
             parts.append(
-                "Not run: `python scripts/reproduce.py --table likelihoods --row "
-                f"'{data}-*'` ({EPOCHS.get(data, EPOCHS['likelihoods'])} epochs each)."
+                f"Not run: {', '.join(missing)} (`python scripts/reproduce.py --table likelihoods "
+                f"--row '{data}-*'`, {EPOCHS.get(data, EPOCHS['likelihoods'])} epochs each)."
             )
-            continue
-        parts.append(markdown(_LIKELIHOOD_HEAD, [_likelihood_cells(*pair) for pair in rows]))
         sheet = figures / f"likelihoods-{data}.png"
-        if sheet.is_file():
+        if rows and sheet.is_file():
             said = "Samples and reconstructions, a row for each likelihood"
             parts.append(f"![{said}](../figures/{sheet.name})")
             parts.append("*Left, E[x | z] for z from the prior; right, for z from q(z | x).*")
@@ -238,25 +251,40 @@ def _likelihood_cells(row: Row, content: Content) -> tuple[str, ...]:
         units,
         str(content["num_particles"]),
         ", ".join(content["seeds"]),
-        _range([s["epochs"] for s in seeds]),
+        f"{_range([s['best_epoch'] for s in seeds])} of {_range([s['epochs'] for s in seeds])}",
         f"{_time([s['training_seconds'] for s in seeds])}, {_machine(seeds)}",
     )
 
 
-def _winners(groups: Groups) -> str:
-    """The best mass and the best density of each data set, for the project's README."""
-    rows = []
-    for data, pairs in groups.items():
-        cells = []
-        for kind in ("mass", "density"):
-            best = [p for p in pairs if next(iter(p[1]["seeds"].values()))["kind"] == kind][:1]
-            cells += [f"`{row.title}`, {_likelihood_cells(row, c)[2]}" for row, c in best] or ["-"]
-        if pairs:
-            rows.append((PICTURES[data][0], *cells, str(pairs[0][1]["num_particles"])))
-    if not rows:
+def _matrix(groups: Groups, planned: dict[str, list[Row]]) -> str:
+    """Bits per dimension of every likelihood on every data set, for the project's README."""
+    run = {data: pairs for data, pairs in groups.items() if pairs}
+    if not run:
         return "The comparison is ready to run and not measured yet."
-    head = ("images", "best mass, bits/dim", "best density, bits/dim", "K")
-    return markdown(head, rows)
+    head = ["likelihood", "kind"]
+    cells: dict[str, dict[str, str]] = {}
+    kinds: dict[str, str] = {}
+    for data, pairs in run.items():
+        for row in planned[data]:
+            cells.setdefault(row.title, {})[data] = "not run"
+        first: dict[str, str] = {}  # the best of its kind, for pairs come best first
+        rivals = [_kind(content) for _, content in pairs]
+        for row, content in pairs:
+            kind = kinds[row.title] = _kind(content)
+            bold = first.setdefault(kind, row.title) == row.title and rivals.count(kind) > 1
+            said = _likelihood_cells(row, content)[2]
+            cells[row.title][data] = f"**{said}**" if bold else said
+        epochs = _range([s["epochs"] for _, c in pairs for s in c["seeds"].values()])
+        head.append(f"{PICTURES[data][0]}; {epochs} epochs, K = {pairs[0][1]['num_particles']}")
+    names = sorted(kinds, key=lambda name: kinds[name], reverse=True)  # masses, then densities
+    rows = [
+        (f"`{name}`", kinds[name], *(cells[name].get(data, "-") for data in run)) for name in names
+    ]
+    return markdown(tuple(head), rows)
+
+
+def _kind(content: Content) -> str:
+    return str(next(iter(content["seeds"].values()))["kind"])
 
 
 def _between(text: str, name: str, content: str, path: Path) -> str:

@@ -8,9 +8,8 @@ from torch import Tensor
 
 from pyrovae import config as cfg
 from pyrovae import plots
-from pyrovae.runs import Run
 from reproduction.rows import Row
-from reproduction.running import Place
+from reproduction.running import Place, folder
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -23,7 +22,7 @@ def draw(rows: list[tuple[Row, int]], place: Place, path: Path) -> None:
     """Write the sheet of the rows (and seeds) of a data set: E[x | z], z from p(z) and q(z | x)."""
     lines: list[tuple[str, Tensor]] = []
     for row, seed in rows:
-        run = Run(place.runs / row.table / row.name / f"seed{seed}")
+        run = folder(row, seed, place)
         named = Path(cfg.run_config(run).data).suffix == ""
         data = cfg.data_of(run, place.data_root if named else None)
         vae = cfg.load(run)

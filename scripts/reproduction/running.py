@@ -87,6 +87,16 @@ def command(row: Row) -> str:
     return "pyrovae train " + shlex.join(presets.flags(given))
 
 
+def folder(row: Row, seed: int, place: Place) -> Run:
+    """Where a row's run of one seed lies."""
+    return Run(place.runs / row.table / row.name / f"seed{seed}")
+
+
+def trained(row: Row, seed: int, place: Place) -> bool:
+    """Whether the weights of a row are here."""
+    return folder(row, seed, place).best.is_file()
+
+
 def run(row: Row, seed: int, place: Place) -> dict[str, Any]:
     """Train what is not trained yet, evaluate it once, and return the seed's part of the result.
 
@@ -94,7 +104,7 @@ def run(row: Row, seed: int, place: Place) -> dict[str, Any]:
         InputError: if the run that is there has other settings, or data are missing.
         StoppedError: if training was interrupted or failed; what there is can be taken up again.
     """
-    here = Run(place.runs / row.table / row.name / f"seed{seed}")
+    here = folder(row, seed, place)
     given = settings_of(row, seed, place)
     asked = cfg.resolve(cfg.make(cfg.TrainConfig, cfg.with_preset(given)))
     status = 0
@@ -180,7 +190,7 @@ def _result(here: Run, measured: comparison.Measured) -> dict[str, Any]:
 
 def keep(row: Row, seed: int, result: dict[str, Any], place: Place) -> Path:
     """Put a seed's result into the row's file; seeds of other settings are dropped from it."""
-    folder = Run(place.results / row.table)
+    table = Run(place.results / row.table)
     name = f"{row.name}.json"
     about = {
         "table": row.table,
@@ -194,15 +204,15 @@ def keep(row: Row, seed: int, result: dict[str, Any], place: Place) -> Path:
         "trains": command(row),
     }
     seeds: dict[str, Any] = {}
-    if (folder.path / name).is_file():
-        before = folder.read_json(name)
+    if (table.path / name).is_file():
+        before = table.read_json(name)
         if all(before.get(k) == about[k] for k in ("settings", "num_particles")):
             seeds = before["seeds"]
         else:
             say(f"{name}: its settings have changed, so earlier seeds are dropped", place.quiet)
     seeds[str(seed)] = result
-    folder.write_json(name, {**about, "seeds": dict(sorted(seeds.items(), key=_number))})
-    return folder.path / name
+    table.write_json(name, {**about, "seeds": dict(sorted(seeds.items(), key=_number))})
+    return table.path / name
 
 
 def _number(item: tuple[str, Any]) -> int:

@@ -8,7 +8,7 @@ from pyrovae.commands.output import say
 from pyrovae.errors import InputError
 from reproduction import pages, pictures
 from reproduction.rows import Row
-from reproduction.running import Place, StoppedError, keep, run
+from reproduction.running import Place, StoppedError, keep, run, trained
 
 
 def choose(
@@ -49,8 +49,13 @@ def carry_out(rows: Sequence[Row], seeds: Sequence[int], place: Place, tables: p
 def _draw(rows: Sequence[Row], place: Place, tables: pages.Tables) -> None:
     """Draw anew the sheet of each data set whose rows were run: of all runs that are there."""
     found = pages.results(place.results, tables["likelihoods"])
+    run_now = {row.name for row in rows if row.table == "likelihoods"}
     for data, pairs in pages.by_data(tables["likelihoods"], found).items():
-        run_now = {row.name for row in rows if row.table == "likelihoods"}
-        done = [(row, min(map(int, content["seeds"]))) for row, content in pairs]
+        # A result may have come without its run, from whoever trained it.
+        done = [
+            (row, min(seeds))
+            for row, content in pairs
+            if (seeds := [s for s in map(int, content["seeds"]) if trained(row, s, place)])
+        ]
         if any(row.name in run_now for row, _ in done):
             pictures.draw(done, place, place.figures / f"likelihoods-{data}.png")

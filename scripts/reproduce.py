@@ -12,10 +12,14 @@ their markers; all are made of the result files alone. --smoke runs rows in smal
 """
 
 import argparse
+import os
 import sys
 import tempfile
 from pathlib import Path
 from typing import NoReturn
+
+# As pyrovae's command does, before torch is loaded: threads that spin cost a busy machine dear.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from reproduction import smoke
 from reproduction.rows import TABLES

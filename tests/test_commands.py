@@ -16,6 +16,7 @@ from shell import GREY, TINY, drawn, names, ok, shell
 import pyrovae as pv
 from pyrovae import annealing, comparison, scoring
 from pyrovae import config as cfg
+from pyrovae.acceleration import has_compiler
 from pyrovae.comparison import run_split
 from pyrovae.parser import COMMANDS
 from pyrovae.proposals import Proposal
@@ -285,6 +286,12 @@ def test_dry_run_tells_the_cost(here: Path) -> None:
     for row in ("memory  ", "parameters  ", "time of one step", "time of an epoch", "time of all"):
         assert row in out, row
     assert "12 steps" in out
+    assert "engine taken       svi: 84 steps would not repay" in out
+    often = "--epochs 1000 --validate-every 1000 --engine auto --dry-run"
+    long = ok(f"{TINY} --data many.npy {often}".replace("--engine svi", ""))
+    if has_compiler():
+        assert "engine taken       compiled: 12,000 steps" in long
+        assert "by svi, of which compiled needs less" in long
 
 
 def test_activations_are_counted(here: Path) -> None:

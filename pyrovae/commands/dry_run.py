@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from pyrovae import acceleration, data, objectives, processes
 from pyrovae import config as cfg
-from pyrovae import data, objectives
 from pyrovae.commands.info import count
 from pyrovae.commands.output import show
 from pyrovae.importance import log_terms
@@ -39,6 +39,10 @@ def dry_run(
     objective = objectives.REGISTRY[config.objective](config.num_particles)
     if config.schedule == "cosine":  # which is planned for all epochs, where one is taken here
         fit_settings = fit_settings | {"schedule_epochs": config.schedule_epochs or config.epochs}
+    steps = -(-len(dataset.train) // config.batch_size)
+    engine, why = acceleration.choose(config.engine, device, config.epochs * steps)
+    timed = engine if config.engine != "auto" else "svi"  # whose time does not hang on compilation
+    fit_settings = fit_settings | {"engine": timed}
     times: list[float] = []
     ends: list[float] = []
     history = fit(
@@ -73,20 +77,24 @@ def dry_run(
         ("x", dataset.x_shape),
         ("decoder output", tuple(vae.likelihood.params_shape)),
         ("parameters", f"{count(vae):,}"),
+        ("engine taken", f"{engine}: {why}"),
         ("memory", f"about {_size(training)} on {device}, {_size(held)} of data"),
         ("loss of one step", f"{history.metrics[0]['train_loss']:.3f} {loss}"),
     ]
     if lengths:
         step = statistics.median(lengths)
-        steps = -(-len(dataset.train) // config.batch_size)
         validation = (ends[0] - times[-1]) * len(dataset.valid) / len(few.valid)
         epoch = steps * step + validation
+        validations = -(-config.epochs // config.validate_every)
+        whole = config.epochs * steps * step + validations * validation
+        less = "" if timed == engine else f", of which {engine} needs less"
         rows += [
-            ("time of one step", f"{1000 * step:.1f} ms, forward and backward and update"),
+            ("time of one step", f"{1000 * step:.1f} ms by {timed}, with gradient and update"),
             ("time of an epoch", f"about {epoch:.1f} s: {steps:,} steps and the validation"),
-            ("time of all", f"about {_duration(config.epochs * epoch)}"),
+            ("time of all", f"about {_duration(whole)} by {timed}{less}"),
         ]
-    show("\n".join([*(f"{name:<18} {value}" for name, value in rows), "nothing was written"]))
+    if processes.is_first():
+        show("\n".join([*(f"{name:<18} {value}" for name, value in rows), "nothing was written"]))
     return 0
 
 

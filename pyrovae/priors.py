@@ -12,7 +12,9 @@ import pyro.distributions as dist
 import torch
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor, nn
+from torch.distributions import Independent, Normal
 
+from pyrovae.distributions import NormalMixture
 from pyrovae.errors import InputError
 from pyrovae.networks import (
     SMALL_GAIN,
@@ -224,7 +226,9 @@ class Coupling(nn.Module):
 
 
 def _mixture(logits: Tensor, components: TorchDistributionMixin) -> TorchDistributionMixin:
-    return dist.MixtureSameFamily(dist.Categorical(logits=logits), components)
+    normals = isinstance(components, Independent) and isinstance(components.base_dist, Normal)
+    kind = NormalMixture if normals else dist.MixtureSameFamily
+    return kind(dist.Categorical(logits=logits), components)
 
 
 REGISTRY: dict[str, type[Prior]] = {

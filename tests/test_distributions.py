@@ -19,6 +19,7 @@ from pyrovae.distributions import (
     FullRankNormal,
     LevelCategorical,
     LogitNormal,
+    NormalMixture,
     levels,
 )
 from pyrovae.errors import InputError
@@ -397,3 +398,39 @@ def test_density_integrates_to_one(name):
 
     total, _ = scipy.integrate.quad(density, 0, 1, epsabs=1e-12, epsrel=1e-12)
     assert total == pytest.approx(1, rel=1e-9)
+
+
+@pytest.mark.parametrize("smallest", [1.0, 0.1, 1e-3])
+def test_a_mixture_of_normals_is_torchs(smallest):
+    """Value and every gradient, against torch's own in float64, also where much cancels."""
+    stream = torch.Generator().manual_seed(0)
+
+    def leaf(*shape):
+        return torch.randn(*shape, generator=stream)
+
+    logits, loc, raw = leaf(20), 3 * leaf(20, 5), leaf(20, 5).abs()
+    scale = smallest + raw * torch.rand(20, 5, generator=stream).round()
+    at = loc[torch.arange(60) % 20] + smallest * leaf(60, 5)
+    z = torch.cat([at, 4 * leaf(60, 5)]).reshape(3, 40, 5)
+    leaves = [t.requires_grad_() for t in (logits, loc, scale, z)]
+
+    def mixture(kind, logits, loc, scale):
+        return kind(dist.Categorical(logits=logits), dist.Normal(loc, scale).to_event(1))
+
+    ours = mixture(NormalMixture, *leaves[:3]).log_prob(z)
+    exact = [t.detach().double().requires_grad_() for t in leaves]
+    truth = mixture(torch.distributions.MixtureSameFamily, *exact[:3]).log_prob(exact[3])
+    assert ours.shape == (3, 40)
+    expanded = mixture(NormalMixture, *leaves[:3]).expand((40,)).expand((3, 40))
+    assert torch.equal(expanded.log_prob(z), ours)
+    assert expanded.sample().shape == (3, 40, 5)
+    assert expanded.log_prob(z[0, 0]).shape == (3, 40)
+    assert ours.dtype == torch.float32
+    assert torch.allclose(ours.double(), truth, rtol=1e-6, atol=1e-5)
+    weights = torch.rand(truth.shape, generator=stream)
+    for g, h in zip(
+        torch.autograd.grad((weights * ours).sum(), leaves),
+        torch.autograd.grad((weights * truth).sum(), exact),
+        strict=True,
+    ):
+        assert float((g - h).norm()) <= 1e-5 * float(h.norm())

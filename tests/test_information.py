@@ -138,7 +138,7 @@ def test_kl_per_dimension_by_draws_where_there_is_no_formula():
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"prior": "mixture"}, "the prior (MixtureSameFamily) does not factorise"),
+        ({"prior": "mixture"}, "the prior (NormalMixture) does not factorise"),
         ({"prior": "flow"}, "the prior (TransformedDistribution) does not factorise"),
         ({"posterior": "full-rank"}, "the posterior (FullRankNormal) does not factorise"),
         ({"posterior": "flow"}, "the posterior (TransformedDistribution) does not factorise"),

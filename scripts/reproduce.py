@@ -7,8 +7,8 @@
 A row is ``pyrovae train`` with the settings of scripts/reproduction/rows.py, in a folder of its own
 below --runs: stopped and started again it goes on where it was, and a finished run is taken as it
 is. The weights of the best validation ELBO are evaluated on the whole test split, once. Results go
-to benchmarks/reproduction/TABLE/ROW.json, to the pages there, and to the README's tables between
-their markers; all are made of the result files alone. --smoke runs rows in small and keeps nothing.
+to benchmarks/reproduction/TABLE/ROW.json, and from there to pages and to the README's tables
+between their markers. --smoke runs rows in small and keeps nothing.
 """
 
 import argparse
@@ -18,8 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import NoReturn
 
-# As pyrovae's command does, before torch is loaded: threads that spin cost a busy machine dear.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch, as pyrovae's command does
 
 from reproduction import smoke
 from reproduction.rows import TABLES

@@ -110,9 +110,7 @@ def reproduce(args: argparse.Namespace) -> int:
         args.data_root,
         args.download,
     )
-    rows = []
-    if not args.pages:
-        rows = choose(TABLES, args.table, args.row, place.has_gpu())
+    rows = [] if args.pages else choose(TABLES, args.table, args.row, place.has_gpu())
     return carry_out(rows, args.seeds, place, TABLES)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pyrovae.errors import InputError
+from pyrovae.likelihoods import REGISTRY
 from pyrovae.runs import atomic_path
 from reproduction.rows import EPOCHS, PICTURES, PROTOCOLS, Row
 from reproduction.running import Place, command
@@ -265,15 +266,19 @@ def _matrix(groups: Groups, planned: dict[str, list[Row]]) -> str:
     cells: dict[str, dict[str, str]] = {}
     kinds: dict[str, str] = {}
     for data, pairs in run.items():
+        done = {row.name for row, _ in pairs}
+        rivals = [_kind(row) for row, _ in pairs]
+        # The best of its kind is bold, where there are others and none is missing.
+        open_kinds = {_kind(row) for row in planned[data] if row.name not in done}
+        best: dict[str, str] = {}
         for row in planned[data]:
             cells.setdefault(row.title, {})[data] = "not run"
-        first: dict[str, str] = {}  # the best of its kind, for pairs come best first
-        rivals = [_kind(content) for _, content in pairs]
-        for row, content in pairs:
-            kind = kinds[row.title] = _kind(content)
-            bold = first.setdefault(kind, row.title) == row.title and rivals.count(kind) > 1
+        for row, content in pairs:  # the best come first
+            kind = kinds[row.title] = _kind(row)
+            bold = best.setdefault(kind, row.title) == row.title
             said = _likelihood_cells(row, content)[2]
-            cells[row.title][data] = f"**{said}**" if bold else said
+            sure = bold and rivals.count(kind) > 1 and kind not in open_kinds
+            cells[row.title][data] = f"**{said}**" if sure else said
         epochs = _range([s["epochs"] for _, c in pairs for s in c["seeds"].values()])
         head.append(f"{PICTURES[data][0]}; {epochs} epochs, K = {pairs[0][1]['num_particles']}")
     names = sorted(kinds, key=lambda name: kinds[name], reverse=True)  # masses, then densities
@@ -283,8 +288,8 @@ def _matrix(groups: Groups, planned: dict[str, list[Row]]) -> str:
     return markdown(tuple(head), rows)
 
 
-def _kind(content: Content) -> str:
-    return str(next(iter(content["seeds"].values()))["kind"])
+def _kind(row: Row) -> str:
+    return str(REGISTRY[row.settings["likelihood"]].kind)
 
 
 def _between(text: str, name: str, content: str, path: Path) -> str:

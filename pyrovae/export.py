@@ -19,11 +19,9 @@ There is one "chain", for ArviZ asks for it; the draws are independent and make 
 r-hat says nothing of them. An x without a grid has the dimension ``feature``.
 """
 
-import hashlib
 import math
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -40,7 +38,7 @@ from pyrovae.data import Split
 from pyrovae.errors import InputError
 from pyrovae.proposals import IMAGE_BLOCK, PARTICLE_BLOCK, Proposal
 from pyrovae.runs import atomic_path
-from pyrovae.streams import own_streams
+from pyrovae.streams import own_streams, seed_of
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -282,7 +280,7 @@ def _posterior(
                 proposal=proposal,
             )
         ):
-            with _stream(f"{evaluation.seed}/predict/{start}/{block}"):
+            with own_streams(seed_of(f"{evaluation.seed}/predict/{start}/{block}")):
                 _, predicted = _simulate(vae.model, part, len(terms.log_weights), terms.latents)
             rows.append(
                 _Draws(
@@ -313,7 +311,7 @@ def _prior(
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     blocks = []
     for start in range(0, keep, PARTICLE_BLOCK):
-        with torch.no_grad(), _stream(f"{seed}/prior/{start}"):
+        with torch.no_grad(), own_streams(seed_of(f"{seed}/prior/{start}")):
             blocks.append(_simulate(vae.model, x, min(PARTICLE_BLOCK, keep - start), {}))
     latents, predicted = (
         {name: np.concatenate([b[i][name] for b in blocks])[:, 0] for name in blocks[0][i]}
@@ -335,14 +333,6 @@ def _simulate(
         if site["type"] == "sample" and not poutine.util.site_is_subsample(site):
             found["was_observed" in site["infer"]][name] = _array(site["value"])
     return found
-
-
-@contextmanager
-def _stream(key: str) -> Iterator[None]:
-    """A random stream of torch's own for one block, leaving the caller's alone."""
-    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
-    with own_streams(int.from_bytes(digest) >> 1):
-        yield
 
 
 def _array(values: Tensor) -> np.ndarray:

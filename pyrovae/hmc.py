@@ -5,7 +5,6 @@ evaluation moves them all. The latent sites of an image, brought to the whole re
 into one vector u of D numbers, so a state is (C, B, D): chains, images, numbers.
 """
 
-import hashlib
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -26,7 +25,7 @@ from pyrovae.importance import (
     site_log_prob,
     with_particles,
 )
-from pyrovae.streams import own_streams
+from pyrovae.streams import own_streams, seed_of
 
 TARGET_ACCEPT = 0.65
 # Steps vary by a fifth from transition to transition: a trajectory that closes on itself at one
@@ -347,6 +346,5 @@ def simulate(model: Program, like: Tensor, num_images: int, seed: int = 0) -> Si
 
 
 def _seeded_trace(program: Program, x: Tensor, key: str) -> poutine.Trace:
-    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
-    with torch.no_grad(), own_streams(int.from_bytes(digest) >> 1):
+    with torch.no_grad(), own_streams(seed_of(key)):
         return poutine.trace(program).get_trace(x)

@@ -1,6 +1,5 @@
 """The state of a training run: its steps, validation, checkpoints and random streams."""
 
-import hashlib
 import math
 import warnings
 from collections.abc import Iterator
@@ -22,7 +21,7 @@ from pyrovae.errors import InputError, NonFiniteLossError
 from pyrovae.importance import Program, Programs
 from pyrovae.optimizers import WholeModelOptimizer, average_decay
 from pyrovae.runs import Run, load_checkpoint, save_checkpoint
-from pyrovae.streams import own_streams
+from pyrovae.streams import own_streams, seed_of
 
 Metrics = dict[str, Any]
 
@@ -108,7 +107,7 @@ class Loop:
         self.state.step_in_epoch += 1
 
     def _svi_step(self, svi: SVI, x: Tensor) -> float:
-        streams = self._streams()
+        streams = self._torch_streams()
         try:
             with networks_in(self.vae, self.precision):
                 loss = float(svi.step(x))
@@ -119,7 +118,7 @@ class Loop:
         except FloatingPointError as error:
             what = str(error)
         if what:
-            self._put_streams(streams)  # meet the same draws again
+            self._put_torch_streams(streams)  # meet the same draws again
             site = first_bad_site(svi.model, svi.guide, x)
             raise self._non_finite(self.state.step + 1, what, site)
         return loss
@@ -242,13 +241,19 @@ class Loop:
 
     def _streams(self) -> dict[str, Any]:
         """The random streams of this process."""
-        cuda = self.device.type == "cuda"
         compiled = isinstance(self.engine, CompiledSVI)
         return {
             "data_stream": self.generator.get_state(),
+            **self._torch_streams(),
+            "engine_stream": self.engine.generator.get_state() if compiled else None,
+        }
+
+    def _torch_streams(self) -> dict[str, Any]:
+        """Those that a step of SVI draws from."""
+        cuda = self.device.type == "cuda"
+        return {
             "torch_stream": torch.get_rng_state(),
             "cuda_stream": torch.cuda.get_rng_state(self.device) if cuda else None,
-            "engine_stream": self.engine.generator.get_state() if compiled else None,
         }
 
     def save_last(self) -> None:
@@ -303,9 +308,9 @@ class Loop:
         if streams is None:
             return
         self._resumed_stream = streams["data_stream"]
-        self._put_streams(streams)
+        self._put_torch_streams(streams)
 
-    def _put_streams(self, streams: dict[str, Any]) -> None:
+    def _put_torch_streams(self, streams: dict[str, Any]) -> None:
         torch.set_rng_state(streams["torch_stream"])
         if streams["cuda_stream"] is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(streams["cuda_stream"], self.device)
@@ -365,8 +370,8 @@ def own_part() -> tuple[int, ...]:
 
 def mix(seed: int, *parts: object) -> int:
     """A seed of its own for each purpose, so that streams do not run in step."""
-    key = "/".join(map(str, (seed, *parts))).encode()
-    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest()) >> 1
+    key = "/".join(map(str, (seed, *parts)))
+    return seed_of(key)
 
 
 def copy_weights(module: nn.Module | Programs) -> dict[str, Tensor]:

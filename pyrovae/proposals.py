@@ -5,7 +5,6 @@ inflates the guide, whatever flow or hierarchy lies on top, and its density stay
 """
 
 import difflib
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -18,6 +17,7 @@ from torch.distributions import Distribution, Independent, MultivariateNormal, N
 from torch.distributions import TransformedDistribution as Transformed
 
 from pyrovae.errors import InputError
+from pyrovae.streams import seed_of
 
 # Noise belongs to an image and a particle, whatever chunk they are computed in. It is drawn in
 # blocks of this many images by this many particles, each with a seed of its own: large enough
@@ -147,24 +147,20 @@ class Noise(NamedTuple):
 
     def stream_seed(self) -> int:
         """A seed for what this noise cannot make: draws that are no function of normals."""
-        return _hash(f"{self.seed}/{self.particles.start}/{self.images.start}")
+        return seed_of(f"{self.seed}/{self.particles.start}/{self.images.start}")
 
     def _image_blocks(self) -> range:
         return _blocks(self.images, IMAGE_BLOCK)
 
     def _block(self, site: str, p: int, i: int, event: torch.Size, like: Tensor) -> Tensor:
         generator = torch.Generator(like.device)
-        generator.manual_seed(_hash(f"{self.seed}/{site}/{p}/{i}"))
+        generator.manual_seed(seed_of(f"{self.seed}/{site}/{p}/{i}"))
         shape = (PARTICLE_BLOCK, IMAGE_BLOCK, *event)
         return torch.randn(shape, generator=generator, dtype=like.dtype, device=like.device)
 
 
 def _blocks(indices: range, size: int) -> range:
     return range(indices.start // size, -(-indices.stop // size))
-
-
-def _hash(key: str) -> int:
-    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest()) >> 1
 
 
 def from_noise(q: Distribution, noise: Callable[[torch.Size], Tensor]) -> Tensor | None:

@@ -1,5 +1,6 @@
-"""torch's random streams, borrowed and given back as they were."""
+"""torch's random streams, borrowed and given back as they were, and seeds made of words."""
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -24,3 +25,8 @@ def own_streams(seed: int | None = None) -> Iterator[None]:
         if seed is not None:
             torch.manual_seed(seed)
         yield
+
+
+def seed_of(key: str) -> int:
+    """A seed for ``torch.manual_seed`` from words: other words, a stream that is not in step."""
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest()) >> 1

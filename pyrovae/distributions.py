@@ -165,6 +165,20 @@ class DiscretizedLogistic(Parametric):
         return total / self.levels
 
 
+def _memory_order(x: Tensor) -> list[int]:
+    """Return the order of the dimensions in which x lies in memory, where it fills it.
+
+    Decoders write the classes before the pixels; torch's softmax and the gradient of its gather
+    copy what is not laid out as its dimensions say, and a copy of 256 numbers a pixel costs as
+    much as their sum.
+    """
+    return sorted(range(x.ndim), key=x.stride, reverse=True)
+
+
+def _inverse(order: list[int]) -> list[int]:
+    return [order.index(dim) for dim in range(len(order))]
+
+
 class LevelCategorical(Parametric):
     """A categorical variable whose L + 1 classes are the levels k/L.
 
@@ -193,8 +207,14 @@ class LevelCategorical(Parametric):
             self._validate_sample(value)
         k = (value * self.levels).round().long()
         shape = torch.broadcast_shapes(k.shape, self.batch_shape)
-        logits = self.logits.log_softmax(-1).expand(*shape, -1)
-        return logits.gather(-1, k.expand(shape).unsqueeze(-1)).squeeze(-1)
+        order = _memory_order(self.logits)
+        classes = order.index(self.logits.ndim - 1)
+        log_p = self.logits.permute(order).log_softmax(classes).permute(_inverse(order))
+        log_p = log_p.expand(*shape, -1)
+        order = _memory_order(log_p)
+        classes = order.index(log_p.ndim - 1)
+        index = k.expand(shape).unsqueeze(-1).permute(order)
+        return log_p.permute(order).gather(classes, index).permute(_inverse(order)).squeeze(-1)
 
     def sample(self, sample_shape: Shape = ()) -> Tensor:
         """Draw a level."""

@@ -126,6 +126,22 @@ def test_samples_follow_the_density(name):
         assert (scores.mean(0).abs() <= 5 * scores.std(0) / blocks**0.5 + 1e-8).all()
 
 
+@pytest.mark.parametrize("lead", [(), (3,), (2, 3)])
+@pytest.mark.parametrize("in_front", [False, True])
+def test_categorical_levels_whatever_the_layout(in_front, lead):
+    """As torch's Categorical, in value and gradient, where classes lie first in memory and last."""
+    torch.manual_seed(0)
+    raw = torch.randn(*((4, 6, 5) if in_front else (4, 5, 6)), dtype=DOUBLE, requires_grad=True)
+    logits = raw.movedim(1, -1) if in_front else raw
+    k = torch.randint(0, 6, (*lead, 4, 5))
+    wanted = dist.Categorical(logits=logits).log_prob(k)
+    found = LevelCategorical(logits).log_prob(k.to(DOUBLE) / 5)
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+    weights = torch.randn_like(wanted)
+    pair = [torch.autograd.grad((y * weights).sum(), raw)[0] for y in (found, wanted)]
+    torch.testing.assert_close(*pair, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("name", MASSES)
 def test_mass_sums_to_one_and_gives_the_mean(name):
     d = example(name)

@@ -60,18 +60,24 @@ def _positive_int(owner: str, name: str, value: Any) -> int:
 
 
 def _number_or_word(
-    owner: str, name: str, value: Any, words: Sequence[str], above: float = 0.0
+    owner: str,
+    name: str,
+    value: Any,
+    words: Sequence[str],
+    above: float = 0.0,
+    below: float = math.inf,
 ) -> float | str:
-    """Return a number greater than ``above``, or one of ``words``, or raise InputError."""
+    """Return a number between ``above`` and ``below``, or one of ``words``; else InputError."""
     if isinstance(value, str) and value in words:
         return value
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if number and math.isfinite(value) and value > above:
+    if number and math.isfinite(value) and above < value < below:
         return float(value)
     close = difflib.get_close_matches(str(value), words, n=1)
     hint = f" (did you mean {close[0]!r}?)" if close else ""
+    most = "" if below == math.inf else f" and below {below:g}"
     raise InputError(
-        f"{owner} expects {name} to be a number above {above:g} or one of {', '.join(words)}; "
+        f"{owner} expects {name} to be a number above {above:g}{most} or one of {', '.join(words)}; "
         f"got {value!r}{hint}. Give for example {name}={words[0]} "
         f"(--likelihood-args {name}={words[0]})."
     )
@@ -160,11 +166,15 @@ def _list(shape: Sequence[int]) -> str:
     return ", ".join(map(str, shape))
 
 
+# Of a scale that stays as it was given: beyond, squares in a log-density leave float32.
+_SCALES = (1e-12, 1e12)
+
+
 class LocationScale(Likelihood):
     """A likelihood with a location for each element and a scale that the user chooses.
 
-    ``scale``: a positive number in units of x; "learned", one trainable number for all elements; or
-    "per-pixel", given by the decoder. Raises InputError for anything else.
+    ``scale``: a number above 1e-12 and below 1e12 in units of x; "learned", one trainable number
+    for all elements; or "per-pixel", given by the decoder. Raises InputError for anything else.
     """
 
     centre: ClassVar[float] = 0.5
@@ -172,7 +182,7 @@ class LocationScale(Likelihood):
 
     def __init__(self, x_shape: Sequence[int], *, scale: float | str = "learned") -> None:
         super().__init__(x_shape)
-        chosen = _number_or_word(self._name, "scale", scale, ("learned", "per-pixel"))
+        chosen = _number_or_word(self._name, "scale", scale, ("learned", "per-pixel"), *_SCALES)
         self.num_params = 2 if chosen == "per-pixel" else 1
         if chosen == "learned":
             self.raw_scale = nn.Parameter(torch.zeros(()))

@@ -177,6 +177,7 @@ class TrainConfig:
         1.0,
         "size of the hidden layers' first weights, in units of the usual",
         above=0,
+        most=100,
         group="model",
     )
     latent_dim: int = _setting(50, "dimensions of z", least=1, group="model")

@@ -356,7 +356,9 @@ def test_wrong_params_are_refused(row):
     "name, options, words",
     [
         ("gaussian", {"scale": "per_pixel"}, "did you mean 'per-pixel'"),
-        ("gaussian", {"scale": 0}, "above 0"),
+        ("gaussian", {"scale": 0}, "above 1e-12"),
+        ("gaussian", {"scale": 1e-30}, "above 1e-12"),
+        ("laplace", {"scale": 1e30}, r"below 1e\+12"),
         ("gaussian", {"scale": True}, "got True"),
         ("laplace", {"scale": math.nan}, "got nan"),
         ("laplace", {"scale": math.inf}, "got inf"),

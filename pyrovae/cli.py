@@ -15,6 +15,7 @@ from importlib import import_module
 from typing import Any
 
 from pyrovae import config as cfg
+from pyrovae import runtime
 from pyrovae.checks import C
 from pyrovae.errors import InputError, NonFiniteLossError, ProcessLostError
 from pyrovae.parser import COMMANDS
@@ -25,11 +26,9 @@ __all__ = ["main", "parse", "settings"]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
-    # Threads that wait by spinning cost a busy machine several times the wall time, and save an
-    # idle one next to nothing; OpenMP reads this when torch is loaded, so it is said before.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         args = parse(list(sys.argv[1:] if argv is None else argv))
+        runtime.settle()
         module = import_module(f"pyrovae.commands.{COMMANDS[args.command].module}")
         return getattr(module, args.command)(args)
     except InputError as error:

@@ -75,9 +75,9 @@ def _number_or_word(
         return float(value)
     close = difflib.get_close_matches(str(value), words, n=1)
     hint = f" (did you mean {close[0]!r}?)" if close else ""
-    most = "" if below == math.inf else f" and below {below:g}"
+    limits = f"above {above:g}" + ("" if below == math.inf else f" and below {below:g}")
     raise InputError(
-        f"{owner} expects {name} to be a number above {above:g}{most} or one of {', '.join(words)}; "
+        f"{owner} expects {name} to be a number {limits} or one of {', '.join(words)}; "
         f"got {value!r}{hint}. Give for example {name}={words[0]} "
         f"(--likelihood-args {name}={words[0]})."
     )

@@ -19,6 +19,8 @@ from pathlib import Path
 from bench.measure import Effort, circumstances, device_name, limit_cores
 from bench.tables import PARTS, faults, merge
 
+from pyrovae import runtime
+
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
@@ -39,6 +41,7 @@ def arguments() -> argparse.Namespace:
 def main() -> int:
     args = arguments()
     threads = limit_cores(args.threads)
+    runtime.settle()  # for all contestants alike
     # Only now: torch counts the cores when it is imported.
     from bench import evaluation, memory, startup, training
 

@@ -12,13 +12,14 @@ between their markers. --smoke runs rows in small and keeps nothing.
 """
 
 import argparse
-import os
 import sys
 import tempfile
 from pathlib import Path
 from typing import NoReturn
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch, as pyrovae's command does
+from pyrovae import runtime
+
+runtime.settle()  # before torch is loaded
 
 from reproduction import smoke
 from reproduction.rows import TABLES

@@ -66,7 +66,10 @@ WORDS: dict[str, tuple[str, str]] = {
         "did you mean 'learned'?",
     ),
     "gain out of hand": ("train --init-gain 1e30", "--init-gain must be at most 100"),
-    "scale 0": ("train --likelihood gaussian --likelihood-args scale=0", "above 1e-12 and below 1e+12"),
+    "scale 0": (
+        "train --likelihood gaussian --likelihood-args scale=0",
+        "above 1e-12 and below 1e+12",
+    ),
     "scale NaN": ("train --likelihood laplace --likelihood-args scale=nan", "above 1e-12"),
     "levels of the data": (
         "train --likelihood categorical --likelihood-args levels=3",

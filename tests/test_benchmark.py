@@ -122,30 +122,43 @@ def test_the_page_says_what_was_not_measured() -> None:
     assert "no measurement" in page
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
-def test_memory_is_counted_from_where_it_is_asked() -> None:
-    held = bytearray(64 << 20)
-    held[:: 1 << 12] = b"x" * len(held[:: 1 << 12])  # touched, so that it is resident
-    del held
-    before = measure.resident()
-    more = bytearray(32 << 20)
-    more[:: 1 << 12] = b"x" * len(more[:: 1 << 12])
-    grown = measure.peak() - before
-    assert 28 << 20 < grown < 48 << 20
-
-
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
-def test_a_child_does_not_begin_with_the_peak_of_its_parent() -> None:
-    held = bytearray(b"x") * (256 << 20)
-    child = "from bench import measure; print(measure.peak())"
+def in_a_child(code: str) -> int:
+    """What a fresh process prints, whose memory nothing has touched."""
     found = subprocess.run(
-        [sys.executable, "-c", child],
+        [sys.executable, "-c", code],
         env={**os.environ, "PYTHONPATH": str(SCRIPTS)},
         capture_output=True,
         text=True,
         check=True,
     )
-    assert int(found.stdout) < len(held) / 2
+    return int(found.stdout)
+
+
+COUNTED = """
+from bench import measure
+
+def touched(size):
+    block = bytearray(size)
+    block[:: 1 << 12] = b"x" * len(block[:: 1 << 12])  # so that it is resident
+    return block
+
+touched(64 << 20)
+before = measure.resident()
+more = touched(32 << 20)
+print(measure.peak() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+def test_memory_is_counted_from_where_it_is_asked() -> None:
+    assert 28 << 20 < in_a_child(COUNTED) < 48 << 20
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+def test_a_child_does_not_begin_with_the_peak_of_its_parent() -> None:
+    held = bytearray(b"x") * (256 << 20)
+    peak = in_a_child("from bench import measure; print(measure.peak())")
+    assert peak < len(held) / 2
 
 
 def run(*flags: str, here: Path) -> subprocess.CompletedProcess[str]:

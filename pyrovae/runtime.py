@@ -12,15 +12,21 @@ _KEPT, _LARGEST = 1 << 30, 32 << 20
 def settle() -> None:
     """Choose how threads wait and how memory is kept, where the environment does not say.
 
-    For the whole process, so a command calls it and the library does not. Evaluation takes and
-    frees the same tens of megabytes for every chunk of particles: glibc would hand them back to
-    the system each time, which zeroes them, page by page, when they are wanted again. Up to 1 GiB
-    of freed memory is kept instead, and what is larger than its heap serves comes in huge pages.
-    Numbers do not change.
+    For the whole process, so a command calls it and the library does not. Numbers do not change.
     """
     # Threads that wait by spinning cost a busy machine several times the wall time, and save an
     # idle one next to nothing; OpenMP reads this when torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    keep_memory()
+
+
+def keep_memory() -> None:
+    """Keep up to 1 GiB of freed memory, and take what glibc's heap cannot serve in huge pages.
+
+    Evaluation takes and frees the same tens of megabytes for every chunk of particles. glibc would
+    hand them back to the system each time, which zeroes them, page by page, when they are wanted
+    again. Variables of the environment that begin with MALLOC_ have the last word.
+    """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read by torch at its first allocation
     if not sys.platform.startswith("linux") or any(k.startswith("MALLOC_") for k in os.environ):
         return

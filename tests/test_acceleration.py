@@ -806,6 +806,33 @@ def test_a_capture_that_fails_leaves_everything_as_it_was(monkeypatch):
         assert switches.pop() == expected and not switches
 
 
+def test_a_ragged_batch_that_cannot_be_captured_goes_on_traced(monkeypatch):
+    """On a stand-in for CUDA, which captures the first batch size and no other."""
+    sizes = []
+
+    def captured(function, state, inputs):
+        sizes.append(len(inputs[0]))
+        if len(sizes) > 1:
+            raise RuntimeError("out of memory")
+        return function
+
+    monkeypatch.setattr(acceleration, "captured", captured)
+    monkeypatch.setattr(acceleration, "compiled", lambda graph, _: graph)
+    batches = [torch.arange(8), torch.arange(8, 16), torch.arange(16, 21), torch.arange(8)]
+    ends = []
+    for mode in ("cuda-graph", "traced"):
+        vae, data = tiny_vae()
+        optim = WholeModelOptimizer(vae.named_parameters(), lr=0.01)
+        programs = vae.model, vae.guide, optim, objectives.elbo()
+        svi = CompiledSVI(*programs, module=vae, split=data.train, mode=mode)
+        losses = torch.stack([svi.step(index) for index in batches])
+        svi.check()
+        ends.append([losses, *(p.detach() for p in vae.parameters())])
+    assert sizes == [8, 5]
+    for ours, theirs in zip(*ends, strict=True):
+        assert torch.equal(ours, theirs)
+
+
 def test_a_loaded_checkpoint_is_written_into_the_tensors_that_are_held():
     """What was captured reads and writes these very tensors."""
     vae, data = tiny_vae()

@@ -32,7 +32,7 @@ from pyrovae.errors import InputError
 from pyrovae.hmc import Point, Simulated, simulate
 from pyrovae.importance import Program, Programs
 from pyrovae.proposals import Noise
-from pyrovae.runs import load_checkpoint, save_checkpoint
+from pyrovae.runs import duration, load_checkpoint, save_checkpoint
 
 STARTS = ("prior", "guide")
 STEP_SIZES = ("frozen", "adaptive")
@@ -253,16 +253,8 @@ class Cost(NamedTuple):
     seconds: float
 
     def __str__(self) -> str:
-        return f"{self.gradients / 1e6:,.1f} million gradient evaluations, about {self.duration}"
-
-    @property
-    def duration(self) -> str:
-        """The time in words."""
-        if self.seconds < 90:
-            return f"{max(1, round(self.seconds))} s"
-        if self.seconds < 5400:
-            return f"{self.seconds / 60:.0f} min"
-        return f"{self.seconds / 3600:.1f} h"
+        millions = self.gradients / 1e6
+        return f"{millions:,.1f} million gradient evaluations, about {duration(self.seconds)}"
 
 
 def cost(

@@ -25,7 +25,7 @@ from pyrovae.data import Protocol, Split
 from pyrovae.errors import InputError
 from pyrovae.evaluation import Evaluation, evaluate
 from pyrovae.importance import GUIDE
-from pyrovae.runs import Run, load_checkpoint, save_checkpoint
+from pyrovae.runs import Run, duration, load_checkpoint, save_checkpoint
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being computed, the number of images done, and that of all images."""
@@ -133,7 +133,7 @@ def _cells(row: Row) -> list[str]:
         number(row.pareto_k_median, ".2f"),
         number(row.pareto_k_above_0_7, ".1%"),
         f"{row.parameters:,}",
-        "-" if row.training_seconds is None else _duration(row.training_seconds),
+        "-" if row.training_seconds is None else duration(row.training_seconds),
     ]
 
 
@@ -143,13 +143,6 @@ def _paired(row: Row) -> str:
 
 def _with_error(value: float, error: float) -> str:
     return f"{value:.2f}" + ("" if math.isnan(error) else f" ± {error:.2f}")
-
-
-def _duration(seconds: float) -> str:
-    for unit, length in (("h", 3600), ("min", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.1f} {unit}"
-    return f"{seconds:.1f} s"
 
 
 def compare(

@@ -172,3 +172,15 @@ def atomic_path(path: Path) -> Iterator[Path]:
 def command_line() -> list[str]:
     """The command that started this process."""
     return list(sys.argv)
+
+
+def duration(seconds: float) -> str:
+    """A time in words.
+
+    >>> [duration(t) for t in (0.34, 31.2, 119, 150, 9000)]
+    ['0.3 s', '31 s', '119 s', '2.5 min', '2.5 h']
+    """
+    for unit, length in (("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"

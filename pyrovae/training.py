@@ -210,8 +210,7 @@ def fit(
         bar = scope.enter_context(_progress_bar(epochs, steps_per_epoch, loop.state, progress))
         state = loop.state
         while state.epoch < epochs:
-            waited = state.epoch - state.best_epoch if state.epoch % validate_every == 0 else 0
-            if patience is not None and waited >= patience:
+            if out_of_patience(state.epoch, state.best_epoch, patience, validate_every):
                 stopped = "patience"
                 break
             started = time.perf_counter()
@@ -313,6 +312,16 @@ def _engine(
     if name != "auto":
         raise NotTraceableError(reason)
     return svi, f"svi: {reason}"
+
+
+def out_of_patience(epoch: int, best_epoch: int, patience: int | None, validate_every: int) -> bool:
+    """Whether so many epochs brought no better validation, asked after one that was validated.
+
+    >>> [out_of_patience(epoch, 4, 5, 2) for epoch in (8, 9, 10)]
+    [False, False, True]
+    """
+    due = epoch % validate_every == 0
+    return patience is not None and due and epoch - best_epoch >= patience
 
 
 def check_continuable(done: int, best_epoch: int, epochs: int, validate_every: int) -> None:

@@ -13,6 +13,7 @@ from pyrovae import config as cfg
 from pyrovae.commands.info import count
 from pyrovae.commands.output import show
 from pyrovae.importance import log_terms
+from pyrovae.runs import duration
 from pyrovae.streams import own_streams
 from pyrovae.training import fit
 from pyrovae.vae import VAE
@@ -91,7 +92,7 @@ def dry_run(
         rows += [
             ("time of one step", f"{1000 * step:.1f} ms by {timed}, with gradient and update"),
             ("time of an epoch", f"about {epoch:.1f} s: {steps:,} steps and the validation"),
-            ("time of all", f"about {_duration(whole)} by {timed}{less}"),
+            ("time of all", f"about {duration(whole)} by {timed}{less}"),
         ]
     if processes.is_first():
         show("\n".join([*(f"{name:<18} {value}" for name, value in rows), "nothing was written"]))
@@ -129,10 +130,3 @@ def _size(num_bytes: float) -> str:
             return f"{num_bytes:.0f} {unit}"
         num_bytes /= 1000
     return f"{num_bytes:.1f} GB"
-
-
-def _duration(seconds: float) -> str:
-    for unit, length in (("h", 3600), ("min", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.1f} {unit}"
-    return f"{seconds:.0f} s"

@@ -9,7 +9,7 @@ from typing import Any
 
 from pyrovae.errors import InputError
 from pyrovae.likelihoods import REGISTRY
-from pyrovae.runs import atomic_path
+from pyrovae.runs import atomic_path, duration
 from reproduction.rows import EPOCHS, PICTURES, PROTOCOLS, Row
 from reproduction.running import Place, command
 
@@ -131,11 +131,7 @@ def _range(values: list[int]) -> str:
 
 
 def _time(seconds: list[float]) -> str:
-    mean = statistics.fmean(seconds)
-    for unit, length in (("h", 3600), ("min", 60)):
-        if mean >= 2 * length:
-            return f"{mean / length:.1f} {unit}"
-    return f"{mean:.0f} s"
+    return duration(statistics.fmean(seconds))
 
 
 def _machine(seeds: list[Content]) -> str:

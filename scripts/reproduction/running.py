@@ -14,6 +14,7 @@ from pyrovae import config as cfg
 from pyrovae.commands.output import progress, say
 from pyrovae.errors import InputError
 from pyrovae.runs import Run
+from pyrovae.training import out_of_patience
 from reproduction.rows import Row
 
 # Settings of a stored run that do not make its weights: where and how it was carried out.
@@ -157,10 +158,10 @@ def _plain(config: cfg.TrainConfig) -> dict[str, Any]:
 def finished(here: Run, config: cfg.TrainConfig) -> bool:
     """Whether a run has all its epochs, or has lost its patience."""
     state = runs.load_checkpoint(here.last)["state"]
-    epoch = state["epoch"]
-    tired = config.patience is not None and epoch % config.validate_every == 0
-    waited = epoch - state["best_epoch"]
-    return epoch >= config.epochs or (tired and waited >= (config.patience or 0))
+    epoch, best = state["epoch"], state["best_epoch"]
+    return epoch >= config.epochs or out_of_patience(
+        epoch, best, config.patience, config.validate_every
+    )
 
 
 def _result(here: Run, measured: comparison.Measured) -> dict[str, Any]:

@@ -117,6 +117,9 @@ def training(m: Material) -> Section:
         ("Trained on", f"{m.environment['device']} ({m.environment['device_name']})"),
         ("Software", f"pyrovae {m.environment['pyrovae']}, {versions}"),
     ]
+    for change in m.environment.get("continued", []):
+        other = ", ".join(name.replace("_", " ") for name in change if name != "after_epoch")
+        rows.append(("Continued", f"after epoch {change['after_epoch']}, with other: {other}"))
     lead = (
         "The protocol says which data were used, how their values were prepared, and how they "
         "were split; it belongs to every number on this page."

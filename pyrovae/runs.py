@@ -125,6 +125,25 @@ def environment(device: torch.device, seed: int, command: list[str]) -> dict[str
     }
 
 
+def continued(before: dict[str, Any], now: dict[str, Any], epoch: int) -> dict[str, Any]:
+    """The environment of a run that goes on after ``epoch``: what is other now stands beside it.
+
+    >>> old = {"device": "cpu", "threads": 2, "seed": 0, "command": ["pyrovae", "train"]}
+    >>> continued(old, {**old, "threads": 1, "command": ["pyrovae", "train", "--resume"]}, 3)
+    {'device': 'cpu', 'threads': 2, 'seed': 0, 'command': ['pyrovae', 'train'], \
+'continued': [{'after_epoch': 3, 'threads': 1}]}
+    """
+    earlier = before.get("continued", [])
+    last = dict(before)
+    for change in earlier:
+        last |= change
+    same = ("seed", "command")
+    other = {k: v for k, v in now.items() if k not in same and v != last.get(k)}
+    if not other:
+        return before
+    return {**before, "continued": [*earlier, {"after_epoch": epoch, **other}]}
+
+
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Write tensors and plain values to ``path``, by way of a temporary name."""
     header = {"kind": _KIND, "format": FORMAT, "pyrovae": pyrovae.__version__}

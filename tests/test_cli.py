@@ -198,6 +198,24 @@ def test_two_and_two_epochs_are_four(here: Path, uninterrupted: Path) -> None:
     assert json.loads((here / "halves/config.json").read_text())["epochs"] == 4
 
 
+def test_a_run_that_goes_on_elsewhere_says_so(here: Path) -> None:
+    ok(f"{TINY} --epochs 1 --out moved")
+    path = here / "moved/environment.json"
+    first = json.loads(path.read_text())
+    ok("train --out moved --resume --epochs 2 --quiet")
+    assert json.loads(path.read_text()) == first  # nothing is other but the command
+    path.write_text(json.dumps({**first, "device": "cuda:0", "device_name": "a GPU"}))
+    ok("train --out moved --resume --epochs 3 --quiet")
+    found = json.loads(path.read_text())
+    here_now = {name: first[name] for name in ("device", "device_name")}
+    assert found["continued"] == [{"after_epoch": 2, **here_now}]
+    assert found["device"] == "cuda:0"
+    ok("report moved --num-particles 2 --quiet")
+    assert (
+        "after epoch 2, with other: device, device name" in (here / "moved/report.html").read_text()
+    )
+
+
 @pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_run_stopped_within_an_epoch_goes_on_exactly(
     signum: int, status: int, here: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch

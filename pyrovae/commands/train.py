@@ -57,6 +57,7 @@ def _train(args: argparse.Namespace, given: dict[str, Any]) -> int:
     processes.wait()  # all have looked at what is there; now it may change
     if args.resume and processes.is_first():
         run.write_json("config.json", dataclasses.asdict(config))
+        _note_environment(run, config, device)
     elif processes.is_first():
         _start(run, config, dataset, device)
     processes.wait()
@@ -251,6 +252,15 @@ def _start(run: Run, config: cfg.TrainConfig, dataset: data.Data, device: torch.
     run.write_json("environment.json", runs.environment(device, config.seed, runs.command_line()))
     facts = {"x_shape": list(dataset.x_shape), "protocol": dataset.protocol.to_dict()}
     run.write_json("data.json", facts)
+
+
+def _note_environment(run: Run, config: cfg.TrainConfig, device: torch.device) -> None:
+    """Of a run that goes on: the first environment stays, and what is other now is added."""
+    now = runs.environment(device, config.seed, runs.command_line())
+    if (run.path / "environment.json").exists():
+        epoch = max((m["epoch"] for m in run.read_metrics()), default=0)
+        now = runs.continued(run.read_json("environment.json"), now, epoch)
+    run.write_json("environment.json", now)
 
 
 def _draw_pictures(run: Run, vae: VAE, dataset: data.Data, metrics: list[dict[str, Any]]) -> None:

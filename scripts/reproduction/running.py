@@ -186,6 +186,7 @@ def _result(here: Run, measured: comparison.Measured) -> dict[str, Any]:
         "pyrovae": environment["pyrovae"],
         "python": environment["python"],
         "packages": environment["packages"],
+        **({"continued": environment["continued"]} if "continued" in environment else {}),
     }
 
 

@@ -79,6 +79,21 @@ def elbo_curves(metrics: Source, ax: "Axes | None" = None) -> "Axes":
     return _dress(ax, "epoch", "nats per image")
 
 
+def error_curves(metrics: Source, ax: "Axes | None" = None) -> "Axes":
+    """An autoencoder's squared error against the epoch, summed over an image; lower is better."""
+    metrics = _metrics(metrics)
+    ax = _axes(ax)
+    epochs, marker = _epochs(metrics)
+    train, valid = ([abs(m[name]) for m in metrics] for name in ("train_loss", "valid_elbo"))
+    ax.plot(epochs, train, marker + "--", color=GREY, lw=1.2, label="training")
+    ax.plot(epochs, valid, marker + "-", color=BLUE, label="validation")
+    at = min(range(len(valid)), key=valid.__getitem__)
+    told = f"best, {_number(valid[at], ',.2f')}"
+    ax.plot(epochs[at], valid[at], "o", color=BLUE, markersize=5, label=told)
+    ax.legend(frameon=False, fontsize=_SIZE, labelcolor=INK, loc="upper right")
+    return _dress(ax, "epoch", "squared error of an image")
+
+
 def rate_curves(metrics: Source, ax: "Axes | None" = None) -> "Axes":
     """Rate and distortion of the validation split against the epoch, each with its own scale."""
     metrics = _metrics(metrics)

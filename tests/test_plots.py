@@ -52,6 +52,7 @@ CHARTS = {
     "activity": lambda ax: plots.activity(torch.tensor([0.5, 0.001, 0.02]), ax=ax),
     "bound_against_k": lambda ax: plots.bound_against_k(CURVE, ax),
     "elbo_curves": lambda ax: plots.elbo_curves(METRICS, ax),
+    "error_curves": lambda ax: plots.error_curves(METRICS, ax),
     "kl_per_dim": lambda ax: plots.kl_per_dim(torch.tensor([0.5, 0.1, 2.0]), ax),
     "latents": lambda ax: plots.latents(numbers(50, 5), torch.arange(50) % 12, ax),
     "pareto_k": lambda ax: plots.pareto_k(numbers(50), ax),
@@ -112,6 +113,14 @@ def test_curves_hold_the_metrics(tmp_path):
     twin = next(a for a in ax.figure.axes if a is not ax)
     assert ax.lines[0].get_ydata().tolist() == [m["valid_distortion"] for m in METRICS]
     assert twin.lines[0].get_ydata().tolist() == [m["valid_rate"] for m in METRICS]
+
+
+def test_error_curves_are_positive_and_mark_the_least():
+    metrics = [{"epoch": n, "train_loss": 9.0 / n, "valid_elbo": -v} for n, v in ((1, 8), (2, 5))]
+    train, valid, best = (a.get_xydata().tolist() for a in plots.error_curves(metrics).lines)
+    assert train == [[1, 9.0], [2, 4.5]]
+    assert valid == [[1, 8.0], [2, 5.0]]
+    assert best == [[2, 5.0]]
 
 
 def test_rate_distortion_paths_and_lines_of_equal_elbo():

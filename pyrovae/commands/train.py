@@ -270,7 +270,8 @@ def _draw_pictures(run: Run, vae: VAE, dataset: data.Data, metrics: list[dict[st
         plots.save(plots.samples(vae.generate(64, mean=True, seed=0)), run.path / "samples.png")
         again = vae.reconstruct(x, seed=0)
         plots.save(plots.reconstructions(x, again), run.path / "reconstructions.png")
-    plots.save(plots.curves(metrics), run.path / "curves.png")
+    curves = plots.curves if vae.has_density else plots.error_curves
+    plots.save(curves(metrics), run.path / "curves.png")
 
 
 class _Interrupts:

@@ -32,6 +32,7 @@ from pyrovae.importance import (
     chunks,
     float32_products,
     is_made_of_normals,
+    log_terms,
 )
 from pyrovae.objectives import KLWeight
 from pyrovae.optimizers import (
@@ -43,6 +44,7 @@ from pyrovae.optimizers import (
     slots,
 )
 from pyrovae.proposals import Noise, Proposal
+from pyrovae.streams import own_streams
 from pyrovae.tracing import Draws, NotTraceableError, Plan, Traced
 
 # "traced" replays the traced operations without compiling them: to look into, or for a few steps.
@@ -50,8 +52,10 @@ ENGINES = ("auto", "svi", "compiled", "cuda-graph", "traced")
 EVALUATORS = ("auto", "eager", "compiled")
 PRECISIONS = ("fp32", "tf32", "bf16")
 
-# On a CPU, compilation takes 10 to 30 seconds, and then each step saves some milliseconds.
-REPAID_AFTER = 5000
+# On a CPU, compilation takes 10 to 30 seconds, and then each step saves a quarter to a half. What
+# repays it is steps times the numbers that one step passes over: measured from 2.7 to 7.8 billion
+# on seven networks, of 0.6 to 69 million numbers (benchmarks/README.md).
+REPAID_AFTER = 5e9
 # A chunk of an evaluation saves about 10 milliseconds.
 REPAID_AFTER_CHUNKS = 2000
 
@@ -707,8 +711,32 @@ def _rounded(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     return run
 
 
-def choose(engine: str, device: torch.device, steps: int) -> tuple[str, str]:
+def kept_storages(
+    model: Program, guide: Program, x: Tensor, num_particles: int = 1
+) -> dict[int, int]:
+    """What a forward pass keeps for the backward pass: bytes of each storage, by its address."""
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with own_streams(), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        loss = -log_terms(model, guide, x, num_particles).log_weights.sum()
+    # The graph is alive until here, so no two storages had one address.
+    del loss
+    return kept
+
+
+def choose(engine: str, device: torch.device, steps: int, numbers: int = 10**6) -> tuple[str, str]:
     """The engine that "auto" means, and why, in a few words.
+
+    Args:
+        engine: one of ``ENGINES``.
+        device: where it runs.
+        steps: that are planned.
+        numbers: that a step keeps for its backward pass, which says how much a step costs.
 
     Raises:
         InputError: for an unknown engine, or one that this device has not.
@@ -732,7 +760,7 @@ def choose(engine: str, device: torch.device, steps: int) -> tuple[str, str]:
         return "cuda-graph", "a CUDA device"
     if not has_compiler():
         return "svi", "no C++ compiler was found, which the compiled engine needs"
-    if steps < REPAID_AFTER:
+    if steps * numbers < REPAID_AFTER:
         return "svi", f"{steps:,} steps would not repay the compilation"
     return "compiled", f"{steps:,} steps repay the compilation"
 

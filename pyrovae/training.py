@@ -280,10 +280,16 @@ def _engine(
     """The engine of that name, and a line that says which it is, and why."""
     model, guide, objective = programs
     svi = SVI(model, guide, loop.optimizer, loss=objective)
-    chosen, why = acceleration.choose(name, loop.device, steps)
+    train = loop.data.train
+    size = min(batch_size, len(train))
+    numbers = 0
+    if name == "auto" and loop.device.type == "cpu":
+        draws = getattr(objective, "num_particles", 1)
+        kept = acceleration.kept_storages(model, guide, loop.example(size, False), draws)
+        numbers = max(processes.gather(sum(kept.values()) // 4))  # of 4 bytes; alike for all
+    chosen, why = acceleration.choose(name, loop.device, steps, numbers)
     if chosen == "svi":
         return svi, f"svi: {why}"
-    train = loop.data.train
     # A resumed run draws as it did before, whatever memory is free now: two streams differ.
     by_index = acceleration.fits(train, loop.device) if by_index is None else by_index
     compiled = CompiledSVI(
@@ -302,7 +308,7 @@ def _engine(
     )
     reason = ""
     try:
-        compiled.prepare(loop.example(min(batch_size, len(train)), compiled.split is not None))
+        compiled.prepare(loop.example(size, compiled.split is not None))
     except NotTraceableError as error:
         reason = str(error)
     # Of several processes, all take one engine: what one of them cannot trace, nobody does.

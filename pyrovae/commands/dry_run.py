@@ -12,9 +12,7 @@ from pyrovae import acceleration, data, objectives, processes
 from pyrovae import config as cfg
 from pyrovae.commands.info import count
 from pyrovae.commands.output import show
-from pyrovae.importance import log_terms
 from pyrovae.runs import duration
-from pyrovae.streams import own_streams
 from pyrovae.training import fit
 from pyrovae.vae import VAE
 
@@ -41,7 +39,11 @@ def dry_run(
     if config.schedule == "cosine":  # which is planned for all epochs, where one is taken here
         fit_settings = fit_settings | {"schedule_epochs": config.schedule_epochs or config.epochs}
     steps = -(-len(dataset.train) // config.batch_size)
-    engine, why = acceleration.choose(config.engine, device, config.epochs * steps)
+    x = few.train.head(config.batch_size).tensor(torch.Generator().manual_seed(0)).to(device)
+    vae.to(device)
+    storages = acceleration.kept_storages(vae.model, vae.guide, x, config.num_particles)
+    kept, numbers = activations(vae, storages), sum(storages.values()) // 4
+    engine, why = acceleration.choose(config.engine, device, config.epochs * steps, numbers)
     timed = engine if config.engine != "auto" else "svi"  # whose time does not hang on compilation
     fit_settings = fit_settings | {"engine": timed}
     times: list[float] = []
@@ -58,7 +60,6 @@ def dry_run(
         **fit_settings,
     )
     lengths = [b - a for a, b in itertools.pairwise(times)]
-    kept = activations(vae, few.train, config, device)
     weights = sum(t.nbytes for t in vae.state_dict().values())
     # The gradient, two moments of Adam, and the best weights so far; then the moving average.
     training = weights * (5 + (config.ema is not None)) + kept
@@ -106,22 +107,10 @@ def _note(times: list[float], device: torch.device) -> bool:
     return False
 
 
-def activations(vae: VAE, split: data.Split, config: cfg.TrainConfig, device: torch.device) -> int:
-    """Bytes that a forward pass keeps for the backward pass, of one batch."""
-    kept: dict[int, int] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    x = split.head(config.batch_size).tensor(torch.Generator().manual_seed(0)).to(device)
+def activations(vae: VAE, storages: dict[int, int]) -> int:
+    """Bytes that a forward pass keeps for the backward pass, but for the weights."""
     own = {p.untyped_storage().data_ptr() for p in vae.parameters()}
-    with own_streams(), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        loss = -log_terms(vae.model, vae.guide, x, config.num_particles).log_weights.sum()
-    # The graph is alive until here, so no two storages had one address.
-    del loss
-    return sum(size for address, size in kept.items() if address not in own)
+    return sum(size for address, size in storages.items() if address not in own)
 
 
 def _size(num_bytes: float) -> str:

@@ -9,6 +9,7 @@ state, the batch, the noise, the learning rate, the KL weight.
 """
 
 import logging
+import math
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -32,7 +33,6 @@ from pyrovae.importance import (
     chunks,
     float32_products,
     is_made_of_normals,
-    log_terms,
 )
 from pyrovae.objectives import KLWeight
 from pyrovae.optimizers import (
@@ -44,7 +44,6 @@ from pyrovae.optimizers import (
     slots,
 )
 from pyrovae.proposals import Noise, Proposal
-from pyrovae.streams import own_streams
 from pyrovae.tracing import Draws, NotTraceableError, Plan, Traced
 
 # "traced" replays the traced operations without compiling them: to look into, or for a few steps.
@@ -52,10 +51,10 @@ ENGINES = ("auto", "svi", "compiled", "cuda-graph", "traced")
 EVALUATORS = ("auto", "eager", "compiled")
 PRECISIONS = ("fp32", "tf32", "bf16")
 
-# On a CPU, compilation takes 10 to 30 seconds, and then each step saves a quarter to a half. What
-# repays it is steps times the numbers that one step passes over: measured from 2.7 to 7.8 billion
-# on seven networks, of 0.6 to 69 million numbers (benchmarks/README.md).
-REPAID_AFTER = 5e9
+# On a CPU, compilation takes 6 to 20 seconds, and then each step saves a quarter to a half. What
+# repays it is steps times numbers of a step: from 1.1 to 7.8 billion of seven networks that were
+# measured, whose steps differ a hundredfold (benchmarks/README.md).
+REPAID_AFTER = 3e9
 # A chunk of an evaluation saves about 10 milliseconds.
 REPAID_AFTER_CHUNKS = 2000
 
@@ -540,7 +539,7 @@ def terms_kernel(
             raise InputError(
                 "--engine compiled draws from the guide; leave --proposal out, or use --engine auto"
             )
-        choose("compiled", x.device, 0)
+        choose("compiled", x.device, 0, 0)
     elif (
         engine == "eager"
         or proposal != GUIDE
@@ -711,32 +710,35 @@ def _rounded(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     return run
 
 
-def kept_storages(
-    model: Program, guide: Program, x: Tensor, num_particles: int = 1
-) -> dict[int, int]:
-    """What a forward pass keeps for the backward pass: bytes of each storage, by its address."""
-    kept: dict[int, int] = {}
+def numbers_of_step(
+    module: Any, x_shape: Sequence[int], batch_size: int, num_particles: int = 1
+) -> int:
+    """How much a step passes over, roughly: parameters, and what each image is read and told as.
 
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+    Args:
+        module: holds the parameters; the likelihood's are counted where it has one, as a `VAE` has.
+        x_shape: of an image.
+        batch_size: of all processes together.
+        num_particles: draws of z per image.
 
-    with own_streams(), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        loss = -log_terms(model, guide, x, num_particles).log_weights.sum()
-    # The graph is alive until here, so no two storages had one address.
-    del loss
-    return kept
+    >>> numbers_of_step(nn.Linear(3, 2), (4,), 10)
+    48
+    """
+    likelihood = getattr(module, "likelihood", None)
+    told = getattr(likelihood, "params_shape", None)
+    image = math.prod(x_shape) + (0 if told is None else math.prod(told))
+    weights = sum(p.numel() for p in module.parameters())
+    return weights + batch_size * num_particles * image
 
 
-def choose(engine: str, device: torch.device, steps: int, numbers: int = 10**6) -> tuple[str, str]:
+def choose(engine: str, device: torch.device, steps: int, numbers: int) -> tuple[str, str]:
     """The engine that "auto" means, and why, in a few words.
 
     Args:
         engine: one of ``ENGINES``.
         device: where it runs.
         steps: that are planned.
-        numbers: that a step keeps for its backward pass, which says how much a step costs.
+        numbers: that a step passes over, as `numbers_of_step` counts them.
 
     Raises:
         InputError: for an unknown engine, or one that this device has not.
@@ -761,8 +763,8 @@ def choose(engine: str, device: torch.device, steps: int, numbers: int = 10**6) 
     if not has_compiler():
         return "svi", "no C++ compiler was found, which the compiled engine needs"
     if steps * numbers < REPAID_AFTER:
-        return "svi", f"{steps:,} steps would not repay the compilation"
-    return "compiled", f"{steps:,} steps repay the compilation"
+        return "svi", f"{steps:,} such steps would not repay the compilation"
+    return "compiled", f"{steps:,} such steps repay the compilation"
 
 
 def mode_of(checkpoint: dict[str, Any]) -> tuple[str, bool | None]:

@@ -325,7 +325,15 @@ def _build(
             index = torch.randperm(len(data.train), generator=generator)[:count]
             x = data.train.batch(index, generator)
             likelihood.check(x)
-            vae.initialize(x)
+            try:
+                vae.initialize(x)
+            except ValueError as error:  # of a distribution whose parameters are not finite
+                if config.init_gain == 1.0 or isinstance(error, InputError):
+                    raise
+                raise InputError(
+                    f"the untrained networks give no finite numbers with --init-gain "
+                    f"{config.init_gain:g}; give a smaller one"
+                ) from error
     return vae
 
 

@@ -25,10 +25,11 @@ def keep_memory() -> None:
 
     Evaluation takes and frees the same tens of megabytes for every chunk of particles. glibc would
     hand them back to the system each time, which zeroes them, page by page, when they are wanted
-    again. Variables of the environment that begin with MALLOC_ have the last word.
+    again. MALLOC_... and GLIBC_TUNABLES in the environment have the last word.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read by torch at its first allocation
-    if not sys.platform.startswith("linux") or any(k.startswith("MALLOC_") for k in os.environ):
+    told = any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ)
+    if told or not sys.platform.startswith("linux"):
         return
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):  # another C library than glibc may have none

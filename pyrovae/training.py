@@ -282,11 +282,8 @@ def _engine(
     svi = SVI(model, guide, loop.optimizer, loss=objective)
     train = loop.data.train
     size = min(batch_size, len(train))
-    numbers = 0
-    if name == "auto" and loop.device.type == "cpu":
-        draws = getattr(objective, "num_particles", 1)
-        kept = acceleration.kept_storages(model, guide, loop.example(size, False), draws)
-        numbers = max(processes.gather(sum(kept.values()) // 4))  # of 4 bytes; alike for all
+    draws = getattr(objective, "num_particles", 1)
+    numbers = acceleration.numbers_of_step(loop.vae, loop.data.x_shape, size, draws)
     chosen, why = acceleration.choose(name, loop.device, steps, numbers)
     if chosen == "svi":
         return svi, f"svi: {why}"

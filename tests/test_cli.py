@@ -210,6 +210,10 @@ def test_a_run_that_goes_on_elsewhere_says_so(here: Path) -> None:
     here_now = {name: first[name] for name in ("device", "device_name")}
     assert found["continued"] == [{"after_epoch": 2, **here_now}]
     assert found["device"] == "cuda:0"
+    path.write_text(json.dumps({**first, "device": "cuda:0"}))
+    ok("train --out moved --resume --epochs 3 --quiet")  # nothing is left to do
+    assert "continued" not in json.loads(path.read_text())
+    path.write_text(json.dumps(found))
     ok("report moved --num-particles 2 --quiet")
     assert (
         "after epoch 2, with other: device, device name" in (here / "moved/report.html").read_text()

@@ -286,24 +286,22 @@ def test_dry_run_tells_the_cost(here: Path) -> None:
     for row in ("memory  ", "parameters  ", "time of one step", "time of an epoch", "time of all"):
         assert row in out, row
     assert "12 steps" in out
-    assert "engine taken       svi: 84 steps would not repay" in out
+    assert "engine taken       svi: 84 such steps would not repay" in out
     often = "--epochs 1000000 --validate-every 1000000 --engine auto --dry-run"
     long = ok(f"{TINY} --data many.npy {often}".replace("--engine svi", ""))
     if has_compiler():
-        assert "engine taken       compiled: 12,000,000 steps" in long
+        assert "engine taken       compiled: 12,000,000 such steps" in long
         assert "by svi, of which compiled needs less" in long
 
 
 def test_activations_are_counted(here: Path) -> None:
-    from pyrovae.acceleration import kept_storages
     from pyrovae.commands.dry_run import activations
 
     def kept(batch_size: int) -> int:
         config = cfg.resolve(cfg.TrainConfig(data="x.npy", hidden=(8,), batch_size=batch_size))
         dataset = cfg.load_data(config)
         vae = cfg.build(config, dataset)
-        x = dataset.train.batch(torch.arange(batch_size), torch.Generator())
-        return activations(vae, kept_storages(vae.model, vae.guide, x))
+        return activations(vae, dataset.train, config, torch.device("cpu"))
 
     # The x, four hidden layers and outputs of every image, in float32, and not much besides.
     assert kept(24) >= 4 * 24 * (16 + 2 * 8 + 50)

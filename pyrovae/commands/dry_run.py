@@ -12,7 +12,9 @@ from pyrovae import acceleration, data, objectives, processes
 from pyrovae import config as cfg
 from pyrovae.commands.info import count
 from pyrovae.commands.output import show
+from pyrovae.importance import log_terms
 from pyrovae.runs import duration
+from pyrovae.streams import own_streams
 from pyrovae.training import fit
 from pyrovae.vae import VAE
 
@@ -39,10 +41,9 @@ def dry_run(
     if config.schedule == "cosine":  # which is planned for all epochs, where one is taken here
         fit_settings = fit_settings | {"schedule_epochs": config.schedule_epochs or config.epochs}
     steps = -(-len(dataset.train) // config.batch_size)
-    x = few.train.head(config.batch_size).tensor(torch.Generator().manual_seed(0)).to(device)
-    vae.to(device)
-    storages = acceleration.kept_storages(vae.model, vae.guide, x, config.num_particles)
-    kept, numbers = activations(vae, storages), sum(storages.values()) // 4
+    numbers = acceleration.numbers_of_step(
+        vae, dataset.x_shape, min(config.batch_size, len(dataset.train)), config.num_particles
+    )
     engine, why = acceleration.choose(config.engine, device, config.epochs * steps, numbers)
     timed = engine if config.engine != "auto" else "svi"  # whose time does not hang on compilation
     fit_settings = fit_settings | {"engine": timed}
@@ -60,6 +61,7 @@ def dry_run(
         **fit_settings,
     )
     lengths = [b - a for a, b in itertools.pairwise(times)]
+    kept = activations(vae, few.train, config, device)
     weights = sum(t.nbytes for t in vae.state_dict().values())
     # The gradient, two moments of Adam, and the best weights so far; then the moving average.
     training = weights * (5 + (config.ema is not None)) + kept
@@ -107,10 +109,23 @@ def _note(times: list[float], device: torch.device) -> bool:
     return False
 
 
-def activations(vae: VAE, storages: dict[int, int]) -> int:
-    """Bytes that a forward pass keeps for the backward pass, but for the weights."""
+def activations(vae: VAE, split: data.Split, config: cfg.TrainConfig, device: torch.device) -> int:
+    """Bytes that a forward pass keeps for the backward pass, of one batch."""
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor.detach()  # an output that its own operation keeps would live for ever
+
+    x = split.head(config.batch_size).tensor(torch.Generator().manual_seed(0)).to(device)
+    x = x.clone()  # real data are a view of all of them
     own = {p.untyped_storage().data_ptr() for p in vae.parameters()}
-    return sum(size for address, size in storages.items() if address not in own)
+    with own_streams(), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        loss = -log_terms(vae.model, vae.guide, x, config.num_particles).log_weights.sum()
+    # The graph is alive until here, so no two storages had one address.
+    del loss
+    return sum(size for address, size in kept.items() if address not in own)
 
 
 def _size(num_bytes: float) -> str:

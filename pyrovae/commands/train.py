@@ -256,9 +256,11 @@ def _start(run: Run, config: cfg.TrainConfig, dataset: data.Data, device: torch.
 
 def _note_environment(run: Run, config: cfg.TrainConfig, device: torch.device) -> None:
     """Of a run that goes on: the first environment stays, and what is other now is added."""
+    epoch = runs.load_checkpoint(run.last)["state"]["epoch"]
+    if epoch >= config.epochs:
+        return
     now = runs.environment(device, config.seed, runs.command_line())
     if (run.path / "environment.json").exists():
-        epoch = max((m["epoch"] for m in run.read_metrics()), default=0)
         now = runs.continued(run.read_json("environment.json"), now, epoch)
     run.write_json("environment.json", now)
 

@@ -65,6 +65,10 @@ WORDS: dict[str, tuple[str, str]] = {
         "train --likelihood gaussian --likelihood-args scale=lerned",
         "did you mean 'learned'?",
     ),
+    "gain that many layers multiply": (
+        f"train --init-gain 100 --activation relu --hidden{' 8' * 25}",
+        "no finite numbers with --init-gain 100; give a smaller one",
+    ),
     "gain out of hand": ("train --init-gain 1e30", "--init-gain must be at most 100"),
     "scale 0": (
         "train --likelihood gaussian --likelihood-args scale=0",

@@ -137,6 +137,8 @@ def test_dry_run_writes_nothing(here: Path) -> None:
     assert "nothing was written" in out
     out = ok("train --dry-run --resume --out run --epochs 5")
     assert "epochs             5" in out
+    forever = ok(f"train --dry-run --resume --out run --epochs {10**8} --quiet")
+    assert "svi: as the run began" in forever  # though so many steps would repay a compilation
     assert {p: p.stat().st_mtime_ns for p in here.rglob("*")} == before
 
 

@@ -29,8 +29,12 @@ def dry_run(
     vae: VAE,
     device: torch.device,
     fit_settings: dict[str, Any],
+    begun_by: str | None = None,
 ) -> int:
-    """Take a few steps in memory; print the settings, the shapes, and the cost of an epoch."""
+    """Take a few steps in memory; print the settings, the shapes, and the cost of an epoch.
+
+    ``begun_by``: the engine of the run that would be resumed, which "auto" takes up.
+    """
     few = data.Data(
         dataset.train.head(_STEPS * config.batch_size),
         dataset.valid.head(_VALIDATED),
@@ -45,6 +49,8 @@ def dry_run(
         vae, dataset.x_shape, min(config.batch_size, len(dataset.train)), config.num_particles
     )
     engine, why = acceleration.choose(config.engine, device, config.epochs * steps, numbers)
+    if begun_by is not None and config.engine == "auto":
+        engine, why = begun_by, "as the run began"
     timed = engine if config.engine != "auto" else "svi"  # whose time does not hang on compilation
     fit_settings = fit_settings | {"engine": timed}
     times: list[float] = []

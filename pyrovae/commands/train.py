@@ -12,7 +12,16 @@ from typing import Any
 
 import torch
 
-from pyrovae import comparison, data, objectives, plots, processes, runs, tracking
+from pyrovae import (
+    acceleration,
+    comparison,
+    data,
+    objectives,
+    plots,
+    processes,
+    runs,
+    tracking,
+)
 from pyrovae import config as cfg
 from pyrovae.cli import settings
 from pyrovae.commands.dry_run import dry_run
@@ -53,7 +62,10 @@ def _train(args: argparse.Namespace, given: dict[str, Any]) -> int:
     if args.resume:
         cfg.check_same_data(run, dataset)
     if args.dry_run:
-        return dry_run(config, dataset, vae, device, _fit_settings(config))
+        begun_by = None
+        if args.resume:
+            begun_by, _ = acceleration.mode_of(runs.load_checkpoint(run.last))
+        return dry_run(config, dataset, vae, device, _fit_settings(config), begun_by)
     processes.wait()  # all have looked at what is there; now it may change
     if args.resume and processes.is_first():
         run.write_json("config.json", dataclasses.asdict(config))

@@ -52,7 +52,7 @@ EVALUATORS = ("auto", "eager", "compiled")
 PRECISIONS = ("fp32", "tf32", "bf16")
 
 # On a CPU, compilation takes 6 to 20 seconds, and then each step saves a quarter to a half. What
-# repays it is steps times numbers of a step: from 1.1 to 7.8 billion of seven networks that were
+# repays it is steps times numbers of a step: from 1.1 to 7.9 billion of seven networks that were
 # measured, whose steps differ a hundredfold (benchmarks/README.md).
 REPAID_AFTER = 3e9
 # A chunk of an evaluation saves about 10 milliseconds.

@@ -11,7 +11,7 @@ import pytest
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
-from bench import measure, tables  # noqa: E402
+from bench import children, measure, tables  # noqa: E402
 from bench.measure import Falls, MissingError, Spread  # noqa: E402
 
 
@@ -124,14 +124,7 @@ def test_the_page_says_what_was_not_measured() -> None:
 
 def in_a_child(code: str) -> int:
     """What a fresh process prints, whose memory nothing has touched."""
-    found = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": str(SCRIPTS)},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return int(found.stdout)
+    return int(children.run("-c", code, env={"PYTHONPATH": str(SCRIPTS)}))
 
 
 COUNTED = """

@@ -8,7 +8,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -47,8 +47,9 @@ def _train(args: argparse.Namespace, given: dict[str, Any]) -> int:
         raise InputError("--out expects a directory, got an empty name; leave it out for runs/...")
     if args.resume and args.overwrite:
         raise InputError("--resume continues a run and --overwrite replaces it; give one of them")
+    begun = None
     if args.resume:
-        run, config = _resumed(args, given)
+        run, config, begun = _resumed(args, given)
     else:
         config = cfg.resolve(cfg.make(cfg.TrainConfig, cfg.with_preset(given)))
         run = Run(args.out or cfg.default_out(config))
@@ -62,14 +63,12 @@ def _train(args: argparse.Namespace, given: dict[str, Any]) -> int:
     if args.resume:
         cfg.check_same_data(run, dataset)
     if args.dry_run:
-        begun_by = None
-        if args.resume:
-            begun_by, _ = acceleration.mode_of(runs.load_checkpoint(run.last))
+        begun_by = None if begun is None else begun.engine
         return dry_run(config, dataset, vae, device, _fit_settings(config), begun_by)
     processes.wait()  # all have looked at what is there; now it may change
-    if args.resume and processes.is_first():
+    if begun is not None and processes.is_first():
         run.write_json("config.json", dataclasses.asdict(config))
-        _note_environment(run, config, device)
+        _note_environment(run, config, device, begun.epoch)
     elif processes.is_first():
         _start(run, config, dataset, device)
     processes.wait()
@@ -78,7 +77,8 @@ def _train(args: argparse.Namespace, given: dict[str, Any]) -> int:
     say(f"model     {describe(config, vae)}", args.quiet)
     several = f", {processes.count()} processes" if processes.count() > 1 else ""
     say(f"run       {run.path} on {device}{several}", args.quiet)
-    with _interrupts() as interrupts, _tracker(config, run, vae, dataset, args.resume) as tracker:
+    done = 0 if begun is None else begun.epoch
+    with _interrupts() as interrupts, _tracker(config, run, vae, dataset, done) as tracker:
         history = fit(
             vae,
             dataset,
@@ -178,18 +178,26 @@ def _fit_settings(config: cfg.TrainConfig) -> dict[str, Any]:
 
 @contextmanager
 def _tracker(
-    config: cfg.TrainConfig, run: Run, vae: VAE, dataset: data.Data, resume: bool
+    config: cfg.TrainConfig, run: Run, vae: VAE, dataset: data.Data, done: int
 ) -> Iterator[Callable[[dict[str, Any]], None] | None]:
     if config.log is None or not processes.is_first():
         yield None
         return
-    done = runs.load_checkpoint(run.last)["state"]["epoch"] if resume else 0
     x = dataset.valid.head(16).tensor()
     with tracking.TensorBoard(run.path / "tensorboard", vae, x, first_epoch=done + 1) as board:
         yield board
 
 
-def _resumed(args: argparse.Namespace, given: dict[str, Any]) -> tuple[Run, cfg.TrainConfig]:
+class _Begun(NamedTuple):
+    """What the checkpoint says of a run that is to be resumed."""
+
+    epoch: int
+    engine: str
+
+
+def _resumed(
+    args: argparse.Namespace, given: dict[str, Any]
+) -> tuple[Run, cfg.TrainConfig, _Begun]:
     run = Run(args.out or cfg.default_out(cfg.make(cfg.TrainConfig, cfg.with_preset(given))))
     stored = cfg.run_config(run)
     asked = cfg.make(cfg.TrainConfig, {**dataclasses.asdict(stored), **given})
@@ -211,7 +219,8 @@ def _resumed(args: argparse.Namespace, given: dict[str, Any]) -> tuple[Run, cfg.
     # All read now, so that damage is refused before anything is said or written.
     with cfg.naming(run.path / "metrics.jsonl"):
         run.read_metrics()
-    state = runs.load_checkpoint(run.last).get("state", {})
+    checkpoint = runs.load_checkpoint(run.last)
+    state = checkpoint.get("state", {})
     done = state.get("epoch", 0)
     check_continuable(done, state.get("best_epoch", 0), config.epochs, config.validate_every)
     if run.best.exists():
@@ -221,7 +230,8 @@ def _resumed(args: argparse.Namespace, given: dict[str, Any]) -> tuple[Run, cfg.
             f"--epochs is the total, and the run has {done} already; got {config.epochs}; give "
             f"{done} or more"
         )
-    return run, config
+    engine, _ = acceleration.mode_of(checkpoint)
+    return run, config, _Begun(done, engine)
 
 
 def _check_free(run: Run, overwrite: bool) -> None:
@@ -266,9 +276,8 @@ def _start(run: Run, config: cfg.TrainConfig, dataset: data.Data, device: torch.
     run.write_json("data.json", facts)
 
 
-def _note_environment(run: Run, config: cfg.TrainConfig, device: torch.device) -> None:
+def _note_environment(run: Run, config: cfg.TrainConfig, device: torch.device, epoch: int) -> None:
     """Of a run that goes on: the first environment stays, and what is other now is added."""
-    epoch = runs.load_checkpoint(run.last)["state"]["epoch"]
     if epoch >= config.epochs:
         return
     now = runs.environment(device, config.seed, runs.command_line())

@@ -122,9 +122,13 @@ def _iwae() -> list[Row]:
 
 
 def _static() -> list[Row]:
-    one: Settings = {"preset": "modern", "data": "binarized-mnist", **_ONE_LAYER}
-    # Images that are the same in every epoch are learnt by heart: see benchmarks/optimisers.md.
-    one["weight_decay"] = 0.03
+    one: Settings = {
+        "preset": "modern",
+        "data": "binarized-mnist",
+        **_ONE_LAYER,
+        # Images that are the same in every epoch are learnt by heart: see benchmarks/optimisers.md.
+        "weight_decay": 0.03,
+    }
     return [
         _burda("vae-k1", "VAE, 1 layer, k = 1", 88.71, one, "static"),
         _burda("iwae-k5", "IWAE, 1 layer, k = 5", 87.63, one | _bound("dreg", 5), "static"),

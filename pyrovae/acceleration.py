@@ -184,6 +184,7 @@ class CompiledSVI:
             images: of all processes together, where there are several; default B.
         """
         size = len(batch)
+        batch = batch.contiguous()  # each process has every n-th index; kernels want a fixed layout
         step = self.prepare(batch)
         noise = self._noise(step.plan, size)
         self.count += 1
@@ -198,7 +199,7 @@ class CompiledSVI:
         """Trace the step for batches like this one, if that has not been done."""
         size = len(batch)
         if size not in self._steps:
-            self._steps[size] = self._built(batch)
+            self._steps[size] = self._built(batch.contiguous())
         return self._steps[size]
 
     def check(self) -> None:
@@ -485,6 +486,7 @@ class CompiledTerms:
         compile_it: bool = True,
     ):
         self.shape = (num_particles, *x.shape)
+        x = x.contiguous()  # kernels want a fixed layout
         traced = tracing.TracedTerms(model, guide, module, num_particles)
         self._weights = traced.weights
         graph, self._events = traced.graph(x)
@@ -502,7 +504,7 @@ class CompiledTerms:
 
     def __call__(self, x: Tensor, noise: Noise) -> LogTerms:
         """The terms of a chunk."""
-        terms = self._run(*self._weights, x, *self._drawn(x, noise))
+        terms = self._run(*self._weights, x.contiguous(), *self._drawn(x, noise))
         likelihood, prior, posterior, *z = terms
         return LogTerms(likelihood, prior, posterior, dict(zip(self._events, z, strict=True)))
 

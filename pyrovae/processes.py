@@ -3,6 +3,7 @@
 Without torchrun there is one process, and every function here says so and does nothing.
 """
 
+import importlib
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -59,6 +60,10 @@ def joined(device: str = "auto") -> Iterator[None]:
                 "use --nproc-per-node with that number, or --device cpu"
             )
         torch.cuda.set_device(local)
+    # Its functions have the group of that moment as a default argument. Loaded later (and tracing
+    # loads it), they would keep the group and its threads alive past destroy_process_group, and a
+    # thread that still holds a tensor while Python ends aborts the process.
+    importlib.import_module("torch.distributed.nn.functional")
     # Both, for a run may be resumed on the CPU although there is CUDA.
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     try:

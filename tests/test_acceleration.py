@@ -716,6 +716,17 @@ def test_a_compiled_evaluation_gives_the_same_numbers():
         assert getattr(a, name) == pytest.approx(getattr(b, name), rel=1e-5), name
 
 
+@pytest.mark.skipif(not acceleration.has_compiler(), reason="needs a C++ compiler")
+def test_images_of_any_layout_are_served_by_the_compiled_terms():
+    vae, data = tiny_vae()
+    every_second = data.test.tensor()[:8].repeat_interleave(2, 0)[::2]
+    assert not every_second.is_contiguous()
+    kernel = CompiledTerms(vae.model, vae.guide, vae, every_second, 7)
+    (ours,) = chunks(vae.model, vae.guide, every_second, 7, kernel=kernel, chunk=7, seed=3)
+    (theirs,) = chunks(vae.model, vae.guide, data.test.tensor()[:8], 7, chunk=7, seed=3)
+    assert torch.allclose(ours.log_likelihood, theirs.log_likelihood, rtol=1e-5, atol=1e-4)
+
+
 def test_an_evaluation_compiles_where_that_is_repaid(monkeypatch):
     vae, data = tiny_vae()
     x = data.test.tensor()

@@ -7,13 +7,14 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from tiny import tiny_config, tiny_data, tiny_vae, traced_svi
 
+from pyrovae import acceleration, processes
 from pyrovae import config as cfg
-from pyrovae import processes
 from pyrovae.errors import InputError
 from pyrovae.evaluation import evaluate
 from pyrovae.optimizers import WholeModelOptimizer
@@ -26,11 +27,12 @@ TRAIN = shlex.split(
 )
 
 
-def launch(arguments, count=2, **options):
+def launch(arguments, count=2, program=("-m", "pyrovae"), **options):
     """``torchrun --nproc-per-node count -m pyrovae ...``, as a started process."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command = [*torchrun, "--nproc-per-node", str(count), "-m", "pyrovae", *map(str, arguments)]
+    command = [*torchrun, "--nproc-per-node", str(count), *program, *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment["PYTHONPATH"] = str(Path(processes.__file__).parents[1])  # for a script elsewhere
     return subprocess.Popen(
         command,
         env=environment,
@@ -93,6 +95,24 @@ def test_a_summed_step_is_the_step_of_the_whole_batch():
         assert doubled == pytest.approx([count * loss for loss in losses], rel=1e-5)
         for name, t in weights.items():
             assert torch.allclose(moved[name], t, rtol=1e-5, atol=1e-6), name
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not acceleration.has_compiler(), reason="needs a C++ compiler")
+def test_a_process_compiles_for_its_share_of_the_indices():
+    """Every second index is no contiguous tensor, and what is compiled wants a fixed layout."""
+    config = tiny_config()
+    data = tiny_data(config)
+    found = []
+    for mode in ("traced", "compiled"):
+        vae = cfg.build(config, data)
+        optim = WholeModelOptimizer(vae.named_parameters())
+        svi = traced_svi(vae, optim, mode, split=data.train, reduce=lambda flat: flat)
+        optim.begin(1e-2, 6)
+        found.append([float(svi.step(torch.arange(20)[i::3])) for i in (0, 1, 0)])
+        found.append(torch.cat([p.detach().flatten() for p in vae.parameters()]))
+    assert found[2] == pytest.approx(found[0], rel=1e-5)
+    assert torch.allclose(found[1], found[3], atol=1e-5)
 
 
 def test_the_stock_engine_sums_its_gradient_too():
@@ -159,6 +179,54 @@ def test_resuming_several_processes_is_exact(trained):
     whole, parts = (load_checkpoint(folder / n / "checkpoints/last.pt") for n in ("two", "parts"))
     for name, t in whole["model"].items():
         assert torch.equal(t, parts["model"][name]), name
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not acceleration.has_compiler(), reason="needs a C++ compiler")
+def test_two_processes_compiled_learn_as_one_does(trained):
+    folder, _ = trained
+    command = [*TRAIN, "--epochs", 12, "--engine", "compiled", "--out", folder / "compiled"]
+    status, _, err = finish(launch(command))
+    assert status == 0, err
+    one, two = (Run(folder / name).read_metrics() for name in ("one", "compiled"))
+    for a, b in zip(one, two, strict=True):
+        assert a["valid_elbo"] == pytest.approx(b["valid_elbo"], abs=0.4)
+        assert a["train_loss"] == pytest.approx(b["train_loss"], abs=0.4)
+
+
+# What a process that has left the others still holds: its group, and the threads of the group.
+LEAVES = """
+import os, sys, weakref
+import torch.distributed as dist
+from pyrovae import cli, processes
+
+groups = []
+start = dist.init_process_group
+
+def noted(*args, **options):
+    start(*args, **options)
+    groups.append(weakref.ref(dist.group.WORLD))
+
+dist.init_process_group = noted
+status = cli.main(sys.argv[1:])
+[group] = groups
+print("left" if group() is None and not dist.is_initialized() else "held")
+sys.exit(status)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["svi", "compiled"])
+def test_a_process_that_has_left_holds_no_threads(tmp_path, engine):
+    """Threads that still held a tensor while Python ended aborted a job now and then."""
+    if engine == "compiled" and not acceleration.has_compiler():
+        pytest.skip("needs a C++ compiler")
+    script = tmp_path / "leaves.py"
+    script.write_text(LEAVES)
+    command = [*TRAIN, "--epochs", 1, "--engine", engine, "--out", tmp_path / "run"]
+    status, out, err = finish(launch(command, program=[str(script)]))
+    assert status == 0, err
+    assert out.split() == ["left", "left"]
 
 
 @pytest.mark.slow

@@ -33,7 +33,9 @@ def tiny_vae(**changes) -> tuple[VAE, data.Data]:
     return cfg.build(config, dataset), dataset
 
 
-def traced_svi(vae: VAE, optim: WholeModelOptimizer, **options) -> CompiledSVI:
-    """The ELBO's step of a VAE, traced and not compiled."""
+def traced_svi(
+    vae: VAE, optim: WholeModelOptimizer, mode: str = "traced", **options
+) -> CompiledSVI:
+    """The ELBO's step of a VAE, traced and not compiled unless the mode says so."""
     elbo = objectives.elbo()
-    return CompiledSVI(vae.model, vae.guide, optim, elbo, module=vae, mode="traced", **options)
+    return CompiledSVI(vae.model, vae.guide, optim, elbo, module=vae, mode=mode, **options)

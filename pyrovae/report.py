@@ -140,8 +140,8 @@ def reproduce(m: Material) -> Section:
         f"pyrovae report {run} {options}{images}",
     ]
     lead = (
-        f"These commands, given in a checkout of pyrovae {m.environment['pyrovae']}, install the "
-        "software, train the model, evaluate it, and write this page. "
+        f"These commands, given in a checkout of pyrovae {numbers.version(m.environment)}, install "
+        "the software, train the model, evaluate it, and write this page. "
         "On the same machine and device they give the same numbers; elsewhere, numbers that "
         "differ by rounding in training."
     )

@@ -115,7 +115,7 @@ def training(m: Material) -> Section:
     rows += [
         ("Seeds", f"training {c.seed}, data {c.data_seed}, this report {m.result.seed}"),
         ("Trained on", f"{m.environment['device']} ({m.environment['device_name']})"),
-        ("Software", f"pyrovae {m.environment['pyrovae']}, {versions}"),
+        ("Software", f"pyrovae {version(m.environment)}, {versions}"),
     ]
     for change in m.environment.get("continued", []):
         other = ", ".join(name.replace("_", " ") for name in change if name != "after_epoch")
@@ -127,6 +127,15 @@ def training(m: Material) -> Section:
     return page.section(
         "training", "Model", "What was trained", page.paragraph(lead), page.facts(rows)
     )
+
+
+def version(environment: dict[str, Any]) -> str:
+    """The version, and of a checkout the commit."""
+    if environment.get("commit") is None:  # an installed package, or a run of an earlier version
+        return str(environment["pyrovae"])
+    commit = str(environment["commit"])
+    changed = " and changes" if commit.endswith("+") else ""
+    return f"{environment['pyrovae']} (commit {commit[:10]}{changed})"
 
 
 def _validated(m: Material) -> list[dict[str, Any]]:

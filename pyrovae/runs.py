@@ -7,6 +7,7 @@ without executing code: JSON, and tensors with ``weights_only=True``.
 import json
 import os
 import platform
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,7 +29,7 @@ class Run:
 
     ==============================  ==========================================================
     ``config.json``                 every setting, resolved; enough to rebuild the VAE
-    ``environment.json``            versions, device, seed and command
+    ``environment.json``            versions, commit, device, seed and command
     ``metrics.jsonl``               one line of metrics an epoch
     ``checkpoints/last.pt``         the whole training state, to resume from
     ``checkpoints/best.pt``         the same at the best validation ELBO so far
@@ -104,7 +105,7 @@ class Run:
 
 
 def environment(device: torch.device, seed: int, command: list[str]) -> dict[str, Any]:
-    """Versions, device, seed and command: what is needed to explain a number later."""
+    """Versions, commit, device, seed and command: what is needed to explain a number later."""
     packages: dict[str, str | None] = {}
     for name in ("torch", "torchvision", "pyro-ppl", "numpy", "arviz"):
         try:
@@ -114,6 +115,7 @@ def environment(device: torch.device, seed: int, command: list[str]) -> dict[str
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {
         "pyrovae": pyrovae.__version__,
+        "commit": commit(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": packages,
@@ -123,6 +125,29 @@ def environment(device: torch.device, seed: int, command: list[str]) -> dict[str
         "seed": seed,
         "command": [os.path.basename(command[0]), *command[1:]] if command else [],
     }
+
+
+def commit(root: Path | None = None) -> str | None:
+    """The commit of the checkout that runs, "+" after it where sources differ from it; else None.
+
+    Args:
+        root: the checkout's own folder; default: where this package lies.
+    """
+    root = Path(pyrovae.__file__).parents[1] if root is None else root
+    if not (root / ".git").exists():  # installed: a repository around it is somebody else's
+        return None
+    found = []
+    for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--", "pyrovae", "scripts"]):
+        try:
+            done = subprocess.run(
+                ["git", "-C", str(root), *words], capture_output=True, text=True, timeout=10
+            )
+        except (OSError, subprocess.TimeoutExpired):  # no git, or none that answers
+            return None
+        if done.returncode:
+            return None
+        found.append(done.stdout.strip())
+    return found[0] + ("+" if found[1] else "")
 
 
 def continued(before: dict[str, Any], now: dict[str, Any], epoch: int) -> dict[str, Any]:

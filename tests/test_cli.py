@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -30,6 +31,7 @@ from pyrovae import (
     presets,
     priors,
     proposals,
+    runs,
     settings,
     training,
 )
@@ -103,7 +105,34 @@ def test_the_first_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     environment = json.loads((run / "environment.json").read_text())
     assert torch.__version__.startswith(environment["packages"]["torch"])
     assert (environment["seed"], environment["device"]) == (0, "cpu")
+    assert environment["commit"] == runs.commit()
     assert environment["command"]
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_a_checkout_tells_its_commit(tmp_path: Path) -> None:
+    inner = tmp_path / "pyrovae"
+    inner.mkdir()
+    code, note = inner / "a.py", tmp_path / "note.txt"
+    code.write_text("1\n")
+    assert runs.commit(tmp_path) is None  # installed, and no checkout
+
+    def git(*words: str) -> str:
+        own = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
+        command = ["git", "-C", str(tmp_path), *own, *words]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    git("init")
+    assert runs.commit(tmp_path) is None  # nothing is committed
+    git("add", ".")
+    git("commit", "-m", "one")
+    head = git("rev-parse", "HEAD")
+    assert runs.commit(tmp_path) == head
+    note.write_text("no code of ours")
+    assert runs.commit(tmp_path) == head
+    code.write_text("2\n")
+    assert runs.commit(tmp_path) == head + "+"
+    assert runs.commit(inner) is None  # a package in somebody's repository
 
 
 def test_no_final_evaluation_and_quiet(here: Path) -> None:
@@ -220,6 +249,10 @@ def test_a_run_that_goes_on_elsewhere_says_so(here: Path) -> None:
     assert (
         "after epoch 2, with other: device, device name" in (here / "moved/report.html").read_text()
     )
+    path.write_text(json.dumps({**found, "commit": "0123456789abcdef+"}))
+    ok("report moved --num-particles 2 --quiet")
+    shown = (here / "moved/report.html").read_text()
+    assert shown.count("(commit 0123456789 and changes)") == 2
 
 
 @pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from pyrovae import cli
+from pyrovae import cli, runs
 from pyrovae import config as cfg
 from pyrovae.commands import train as training
 from pyrovae.errors import InputError
@@ -149,6 +149,7 @@ def test_results_and_pages(small: Any) -> None:
         assert seed["threads"] >= 1
         assert seed["training_seconds"] > 0 and seed["evaluation_seconds"] > 0
         assert seed["packages"]["torch"]
+        assert seed["trained_by"] == seed["evaluated_by"] == runs.commit()
     nats = -(one["log_likelihood"] + two["log_likelihood"]) / 2
     text = place.readme.read_text(encoding="utf-8")
     page = (place.results / "README.md").read_text(encoding="utf-8")

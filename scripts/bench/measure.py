@@ -217,6 +217,8 @@ def circumstances(threads: int) -> dict[str, Any]:
     """When, on what and with which versions: what must stand beside every number."""
     import torch
 
+    from pyrovae import runs
+
     versions = {"python": platform.python_version()}
     for name in VERSIONS:
         try:
@@ -225,6 +227,7 @@ def circumstances(threads: int) -> dict[str, Any]:
             versions[name] = "not installed"
     return {
         "date": datetime.date.today().isoformat(),
+        "commit": runs.commit(),
         "threads": threads,
         "cpu": _cpu(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,

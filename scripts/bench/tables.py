@@ -54,6 +54,8 @@ def markdown(results: dict[str, Any]) -> str:
         where = part["gpu"] or f"{part['cpu']}, {threads}"
         names = ", ".join(f"{name} {version}" for name, version in part["versions"].items())
         small = " **Smoke form: tiny sizes, no measurement.**" if part["smoke"] else ""
+        commit = part.get("commit")  # parts measured before it was noted have none
+        names += f"; commit {commit[:10]}{'+' * commit.endswith('+')}" if commit else ""
         lines += [f"`{part['command']}`, {part['date']}, {where}; {names}.{small}", ""]
         for table in part["tables"]:
             lines += [*_table(table), ""]

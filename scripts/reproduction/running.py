@@ -184,6 +184,8 @@ def _result(here: Run, measured: comparison.Measured) -> dict[str, Any]:
         "evaluated_on": summary["device"],
         "evaluation_threads": torch.get_num_threads(),
         "pyrovae": environment["pyrovae"],
+        "trained_by": environment.get("commit"),
+        "evaluated_by": runs.commit(),
         "python": environment["python"],
         "packages": environment["packages"],
         **({"continued": environment["continued"]} if "continued" in environment else {}),

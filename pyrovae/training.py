@@ -236,7 +236,9 @@ def fit(
                 run.append_metrics(metrics)  # a line too many is cut off again, one is never lost
             loop.save_last()
             if "valid_elbo" in metrics:
-                bar.set_postfix_str(f"valid ELBO {metrics['valid_elbo']:.2f}")
+                bound = getattr(vae, "has_density", True)
+                name, key = ("ELBO", "valid_elbo") if bound else ("error", "valid_distortion")
+                bar.set_postfix_str(f"valid {name} {metrics[key]:.2f}")
             if callback is not None:
                 callback(metrics)
     if stopped != "interrupted":

@@ -277,6 +277,17 @@ def test_tensorboard(here: Path) -> None:
     assert [m["valid_elbo"] for m in Run("alone").read_metrics()] == [*written.values()]
 
 
+def test_tensorboard_shows_no_bound_of_an_autoencoder(here: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    ok(f"{TINY} --epochs 2 --model autoencoder --out plain --log tensorboard")
+    seen = EventAccumulator(str(here / "plain" / "tensorboard"))
+    seen.Reload()
+    assert {t for t in seen.Tags()["scalars"] if t.startswith("valid/")} == {"valid/squared_error"}
+    written = [-m["valid_elbo"] for m in Run("plain").read_metrics()]
+    assert [e.value for e in seen.Scalars("valid/squared_error")] == pytest.approx(written)
+
+
 # --------------------------------------------------------------------------------------- dry run
 
 

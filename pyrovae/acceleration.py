@@ -203,7 +203,13 @@ class CompiledSVI:
         return self._steps[size]
 
     def check(self) -> None:
-        """Wait for the steps so far. Raises FloatingPointError if one failed, with its number."""
+        """Wait for the steps so far.
+
+        Raises:
+            FloatingPointError: if one failed, with its number.
+            NotTraceableError: if a tensor of the module was assigned anew since they were traced.
+        """
+        self._traced.check_held(self._state[: len(self._params)])
         failed = int(self._health[1])
         if failed:
             raise FloatingPointError(f"the loss or a gradient of step {failed} is not finite")

@@ -138,7 +138,7 @@ class Traced:
         self.objective = objective
         self.named = named
         self.weight = weight
-        inner = module if module is not None else nn.Module()
+        inner = self._module = module if module is not None else nn.Module()
         owned = {id(p): name for name, p in inner.named_parameters()}
         store = {id(p): name for name, p in pyro.get_param_store().named_parameters()}
         self._module_names: list[str | None] = [owned.get(id(p)) for p in named.values()]
@@ -159,6 +159,23 @@ class Traced:
         self.constants: list[Tensor] = [t.detach() for t in rest.values()]
         """Buffers and frozen parameters: inputs of the graph too, so that none is folded in."""
         self._loss = _Weighted(inner, self._losses)
+
+    def check_held(self, params: Sequence[Tensor]) -> None:
+        """See that the module still has the tensors that a step reads and, of params, writes.
+
+        Raises:
+            NotTraceableError: where one was assigned anew, which a traced step would not notice.
+        """
+        held = dict(zip(self._constant_names, self.constants, strict=True))
+        for name, p in zip(self._module_names, params, strict=True):
+            if name is not None:
+                held[name] = p
+        for name, t in (*self._module.named_parameters(), *self._module.named_buffers()):
+            if name in held and t.data_ptr() != held[name].data_ptr():
+                raise NotTraceableError(
+                    f"{name} was assigned anew between steps, and the traced step goes on with the "
+                    f"tensor that was there; write into it ({name}.copy_(...)), or use --engine svi"
+                )
 
     def plan(self, x: Tensor) -> Plan:
         """Run the programs once, to learn what noise they need for x (B, *x_shape).

@@ -773,6 +773,30 @@ def test_what_a_step_changes_besides_parameters_is_left_to_svi():
         assert torch.equal(t, before[name]), name
 
 
+@pytest.mark.parametrize("what", ["a buffer", "a parameter", "its data"])
+def test_a_tensor_that_is_assigned_anew_is_noticed(what):
+    vae, data = tiny_vae(likelihood="gaussian")
+    vae.decoder.register_buffer("shift", torch.zeros(1))
+    inner = vae.decoder.forward
+    vae.decoder.forward = lambda z: inner(z) + vae.decoder.shift
+    optim = WholeModelOptimizer(vae.named_parameters())
+    svi = traced_svi(vae, optim, split=data.train)
+    layer = vae.decoder.layers[0]
+    optim.begin(1e-3, 6)
+    svi.step(torch.arange(6))
+    vae.decoder.shift.add_(1)  # written into: the next step reads it
+    svi.step(torch.arange(6))
+    svi.check()
+    if what == "a buffer":
+        vae.decoder.shift = torch.ones(1)
+    elif what == "a parameter":
+        layer.weight = nn.Parameter(layer.weight.detach().clone())
+    else:
+        layer.weight.data = layer.weight.data.clone()
+    with pytest.raises(NotTraceableError, match=r"(shift|weight) was assigned anew between steps"):
+        svi.check()
+
+
 def test_a_resumed_run_draws_its_batches_as_before_whatever_fits_now(tmp_path, monkeypatch):
     options = {"batch_size": 8, "engine": "traced", "progress": False}
     whole, data = tiny_vae()

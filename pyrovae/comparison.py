@@ -25,7 +25,7 @@ from pyrovae.data import Protocol, Split
 from pyrovae.errors import InputError
 from pyrovae.evaluation import Evaluation, evaluate
 from pyrovae.importance import GUIDE
-from pyrovae.runs import Run, duration, load_checkpoint, save_checkpoint
+from pyrovae.runs import Run, commit, duration, load_checkpoint, save_checkpoint
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being computed, the number of images done, and that of all images."""
@@ -436,7 +436,7 @@ def keep(run: Run, result: Evaluation, *, limit: int | None, parameters: int) ->
     With another proposal the numbers are as good, but a table must not mix the two.
     """
     tensors = {name: t for name, t in result.per_image._asdict().items() if t.dim() == 1}
-    measured = Measured(result.to_dict(), tensors, parameters)
+    measured = Measured({**result.to_dict(), "commit": commit()}, tensors, parameters)
     path = _path(run, result.split, limit, result.num_particles, result.seed)
     if result.proposal == str(GUIDE):
         with suppress(OSError):  # a run on a read-only disk can be compared too, only not so fast

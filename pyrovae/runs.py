@@ -7,6 +7,7 @@ without executing code: JSON, and tensors with ``weights_only=True``.
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -112,7 +113,7 @@ def environment(device: torch.device, seed: int, command: list[str]) -> dict[str
             packages[name] = version(name)
         except PackageNotFoundError:
             packages[name] = None
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
     return {
         "pyrovae": pyrovae.__version__,
         "commit": commit(),
@@ -125,6 +126,16 @@ def environment(device: torch.device, seed: int, command: list[str]) -> dict[str
         "seed": seed,
         "command": [os.path.basename(command[0]), *command[1:]] if command else [],
     }
+
+
+def processor() -> str:
+    """The name of this machine's CPU, as well as the system knows it."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:  # not Linux
+        return platform.machine()
+    found = re.search(r"model name\s*:\s*(.*)", text)
+    return found.group(1).strip() if found else platform.machine()
 
 
 def commit(root: Path | None = None) -> str | None:

@@ -106,6 +106,10 @@ def test_the_first_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert torch.__version__.startswith(environment["packages"]["torch"])
     assert (environment["seed"], environment["device"]) == (0, "cpu")
     assert environment["commit"] == runs.commit()
+    assert environment["device_name"] == runs.processor()
+    told = Path("/proc/cpuinfo")
+    if told.exists() and "model name" in told.read_text():
+        assert f": {runs.processor()}\n" in told.read_text()
     assert environment["command"]
 
 

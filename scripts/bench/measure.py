@@ -229,7 +229,7 @@ def circumstances(threads: int) -> dict[str, Any]:
         "date": datetime.date.today().isoformat(),
         "commit": runs.commit(),
         "threads": threads,
-        "cpu": _cpu(),
+        "cpu": runs.processor(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "load_before": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "versions": versions,
@@ -258,12 +258,3 @@ def peak() -> int:
 def _kilobytes(name: str) -> int:
     text = Path("/proc/self/status").read_text(encoding="ascii")
     return int(re.search(rf"{name}:\s+(\d+) kB", text)[1])
-
-
-def _cpu() -> str:
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return platform.machine()
-    found = re.search(r"model name\s*:\s*(.*)", text)
-    return found.group(1).strip() if found else platform.machine()

@@ -185,7 +185,7 @@ def _result(here: Run, measured: comparison.Measured) -> dict[str, Any]:
         "evaluation_threads": torch.get_num_threads(),
         "pyrovae": environment["pyrovae"],
         "trained_by": environment.get("commit"),
-        "evaluated_by": runs.commit(),
+        "evaluated_by": summary.get("commit"),
         "python": environment["python"],
         "packages": environment["packages"],
         **({"continued": environment["continued"]} if "continued" in environment else {}),

@@ -6,7 +6,7 @@ from fnmatch import fnmatch
 from pyrovae.checks import did_you_mean
 from pyrovae.commands.output import say
 from pyrovae.errors import InputError
-from reproduction import pages, pictures
+from reproduction import likelihood_page, pages, pictures
 from reproduction.rows import Row
 from reproduction.running import Place, StoppedError, keep, run, trained
 
@@ -50,7 +50,7 @@ def _draw(rows: Sequence[Row], place: Place, tables: pages.Tables) -> None:
     """Draw anew the sheet of each data set whose rows were run: of all runs that are there."""
     found = pages.results(place.results, tables["likelihoods"])
     run_now = {row.name for row in rows if row.table == "likelihoods"}
-    for data, pairs in pages.by_data(tables["likelihoods"], found).items():
+    for data, pairs in likelihood_page.by_data(tables["likelihoods"], found).items():
         # A result may have come without its run, from whoever trained it.
         done = [
             (row, min(seeds))

@@ -12,7 +12,7 @@ import torch._inductor
 from pyro import poutine
 from pyro.infer import SVI, RenyiELBO, Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
 from test_grid import GRID, is_valid, settings
-from tiny import tiny_config, tiny_data, tiny_vae, traced_svi
+from tiny import tiny_config, tiny_data, tiny_hierarchy, tiny_vae, traced_svi
 from torch import nn
 
 from pyrovae import acceleration, objectives
@@ -59,7 +59,28 @@ def first_rows(names):
     [pytest.param(g, marks=first_rows(g), id="-".join(g)) for g in GRID if is_valid(*g)],
 )
 def test_loss_and_every_gradient_are_those_of_pyro(names):
-    config = tiny_config(**settings(*names))
+    assert_traced_is_pyros(tiny_config(**settings(*names)))
+
+
+HIERARCHIES = [
+    (structure, prior, objective)
+    for structure in ("bottom-up", "top-down")
+    for prior in ("standard-normal", "vamp")
+    for objective in objectives.REGISTRY
+    if (structure, prior) != ("bottom-up", "vamp")  # refused: its inputs would be latents
+    and (objective != "mean-field" or (structure, prior) == ("top-down", "standard-normal"))
+]
+
+
+@pytest.mark.parametrize("case", HIERARCHIES, ids="-".join)
+def test_loss_and_every_gradient_of_a_hierarchy_are_those_of_pyro(case):
+    structure, prior, objective = case
+    k = 3 if objective in ("iwae", "dreg") else 1
+    config = tiny_hierarchy(structure, prior=prior, objective=objective, num_particles=k)
+    assert_traced_is_pyros(config)
+
+
+def assert_traced_is_pyros(config):
     data, x = batch(config)
     vae = cfg.build(config, data)
     objective = objectives.REGISTRY[config.objective](config.num_particles)
@@ -129,8 +150,10 @@ CASES = {
 }
 
 
-def both_ways(mode, objective_name, options, likelihood="bernoulli", device="cpu"):
-    config = tiny_config(
+def both_ways(
+    mode, objective_name, options, likelihood="bernoulli", device="cpu", make=tiny_config
+):
+    config = make(
         objective=objective_name,
         likelihood=likelihood,
         num_particles=3 if objective_name in ("iwae", "dreg") else 1,
@@ -204,6 +227,23 @@ def test_parameters_agree_after_20_steps_of_every_optimiser(case):
 
 def test_dequantised_batches_agree_too():
     assert_agree(*both_ways("traced", "elbo", {}, likelihood="logit-normal"))
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [
+        "traced",
+        pytest.param(
+            "compiled",
+            marks=[
+                pytest.mark.slow,
+                pytest.mark.skipif(not acceleration.has_compiler(), reason="needs a compiler"),
+            ],
+        ),
+    ],
+)
+def test_parameters_of_a_hierarchy_agree_after_20_steps(mode):
+    assert_agree(*both_ways(mode, "elbo", {"clip_norm": 5.0}, make=tiny_hierarchy))
 
 
 @pytest.mark.skipif(not acceleration.has_compiler(), reason="needs a C++ compiler")
@@ -688,9 +728,17 @@ def test_bits_dequantise_within_the_level():
 
 
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("posterior", ["mean-field", "full-rank", "flow"])
-def test_compiled_terms_are_those_of_the_programs(posterior, compiled):
-    vae, data = tiny_vae(posterior=posterior, prior="vamp", prior_args={"components": 3})
+@pytest.mark.parametrize("kind", ["mean-field", "full-rank", "flow", "bottom-up", "top-down"])
+def test_compiled_terms_are_those_of_the_programs(kind, compiled):
+    vamp = {"prior": "vamp", "prior_args": {"components": 3}}
+    if kind == "bottom-up":
+        config = tiny_hierarchy(kind)
+    elif kind == "top-down":
+        config = tiny_hierarchy(kind, **vamp)
+    else:
+        config = tiny_config(posterior=kind, **vamp)
+    data = tiny_data(config)
+    vae = cfg.build(config, data)
     x = data.test.tensor()
     kernel = CompiledTerms(vae.model, vae.guide, vae, x, 7, compile_it=compiled)
     with torch.no_grad():  # weights are read anew, not remembered
@@ -704,7 +752,8 @@ def test_compiled_terms_are_those_of_the_programs(posterior, compiled):
         for mine, truth in zip(a[:3], b[:3], strict=True):
             assert torch.allclose(mine, truth, rtol=1e-5, atol=1e-4)
         assert a.latents.keys() == b.latents.keys()
-        assert torch.allclose(a.latents["z"], b.latents["z"], rtol=1e-4, atol=1e-4)
+        for site, z in b.latents.items():
+            assert torch.allclose(a.latents[site], z, rtol=1e-4, atol=1e-4), site
 
 
 @pytest.mark.skipif(not acceleration.has_compiler(), reason="needs a C++ compiler")

@@ -11,7 +11,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from exact import linear_gaussian, marginal
-from tiny import tiny_config, tiny_vae
+from tiny import tiny_config, tiny_data, tiny_hierarchy, tiny_vae
 from torch import nn
 
 from pyrovae import config as cfg
@@ -110,6 +110,21 @@ def test_every_number_again_from_the_draws():
     smoothed = torch.from_numpy(tree["sample_stats"]["weight"].values[0])
     torch.testing.assert_close(smoothed, diagnostics.psis(weights).log_weights.exp())
     torch.testing.assert_close(smoothed.sum(0), torch.ones(20).double())
+
+
+@pytest.mark.parametrize("structure", ["bottom-up", "top-down"])
+def test_every_layer_of_a_hierarchy(structure):
+    config = tiny_hierarchy(structure)
+    data = tiny_data(config)
+    vae = cfg.build(config, data)
+    evaluation = evaluate(vae, data.test, 70)
+    tree = to_datatree(vae, data.test, evaluation)
+    sizes = {name: v.shape[-1] for name, v in tree["posterior"].data_vars.items()}
+    assert sorted(sizes.values()) == [2, 3]
+    assert {n: v.shape[-1] for n, v in tree["prior"].data_vars.items()} == sizes
+    weights = torch.from_numpy(tree["sample_stats"]["log_weight"].values[0])
+    estimate = weights.double().logsumexp(0) - math.log(70)
+    torch.testing.assert_close(estimate, evaluation.per_image.log_likelihood, rtol=0, atol=1e-4)
 
 
 class Programs(nn.Module):

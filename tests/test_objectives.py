@@ -7,8 +7,9 @@ import pyro
 import pytest
 import torch
 from exact import linear_gaussian, marginal
+from pyro import poutine
 from pyro.infer import RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
-from tiny import tiny_vae
+from tiny import tiny_data, tiny_hierarchy, tiny_vae
 from torch.distributions import kl_divergence
 
 from pyrovae import config, importance, objectives
@@ -185,6 +186,41 @@ def test_free_bits_put_a_floor_under_the_kl(vae_x, objective, beta):
 
         ours = loss_and_grads(vae, loss)
         assert_same(ours, theirs)
+
+
+@pytest.mark.parametrize("structure", ["bottom-up", "top-down"])
+def test_each_layer_of_a_hierarchy_has_its_free_bits(structure):
+    settings = tiny_hierarchy(structure)
+    data = tiny_data(settings)
+    vae, x = config.build(settings, data), data.test.tensor()
+    with torch.no_grad():  # layers that say something
+        for p in vae.parameters():
+            p.mul_(3)
+
+    def parts():
+        """The KL of each site, averaged over the batch, and the distortion."""
+        guide = poutine.trace(vae.guide).get_trace(x)
+        model = poutine.trace(poutine.replay(vae.model, guide)).get_trace(x)
+        guide.compute_log_prob()
+        model.compute_log_prob()
+        sites = [n for n, s in guide.nodes.items() if s["type"] == "sample" and n in model.nodes]
+        sites = [n for n in sites if n != "data"]
+        kl = {n: (guide.nodes[n]["log_prob"] - model.nodes[n]["log_prob"]).mean() for n in sites}
+        return kl, -model.nodes["x"]["log_prob"].mean()
+
+    torch.manual_seed(0)
+    low, high = sorted(float(kl.detach()) for kl in parts()[0].values())
+    floor = (low + high) / 2  # one layer pays the floor, the other what it costs
+    assert high > low + 0.01 and floor > 0
+    pyros = objectives.elbo()
+    model, guide = objectives.with_handlers(vae.model, vae.guide, pyros, free_nats=floor)
+    theirs = loss_and_grads(vae, lambda: pyros.loss_and_grads(model, guide, x))
+
+    def loss():
+        kl, distortion = parts()
+        return len(x) * (sum(k.clamp(min=floor) for k in kl.values()) + distortion)
+
+    assert_same(loss_and_grads(vae, loss), theirs)
 
 
 def test_evaluation_cannot_see_the_handlers(vae_x):

@@ -209,7 +209,7 @@ class CompiledSVI:
             FloatingPointError: if one failed, with its number.
             NotTraceableError: if a tensor of the module was assigned anew since they were traced.
         """
-        self._traced.check_held(self._state[: len(self._params)])
+        self._traced.check_held()
         failed = int(self._health[1])
         if failed:
             raise FloatingPointError(f"the loss or a gradient of step {failed} is not finite")
@@ -298,6 +298,7 @@ class CompiledSVI:
             plan = self._traced.plan(x)
             if first:
                 self._traced.verify(plan, x)
+                self._traced.check_held()  # the programs have run as they are
             noise = self._noise(plan, size, stream)
             row = self._row(size, self.count + 1).to(self.device)  # a step 0 divides by 0
             example = [*self._state, *self._traced.constants, *self._data(), batch, *noise, row]

@@ -386,7 +386,7 @@ class Measured(NamedTuple):
     """What is kept of an evaluation of a run."""
 
     summary: dict[str, Any]
-    """`Evaluation.to_dict`."""
+    """`Evaluation.to_dict`, and the commit that made it."""
     per_image: dict[str, Tensor]
     """The (N,) tensors of `PerImage` by name, float64."""
     parameters: int
@@ -414,6 +414,7 @@ def evaluate_run(
     run = run if isinstance(run, Run) else Run(run)
     if num_particles < 1:
         raise InputError(f"expected --num-particles of at least 1; got {num_particles}; raise it")
+    commit()  # of what runs now, and not of what a checkout holds when the evaluation is done
     path = _path(run, split, limit, num_particles, seed)
     kept = _read(path)
     if kept is not None:

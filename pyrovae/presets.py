@@ -14,8 +14,9 @@ class Preset(NamedTuple):
     settings: dict[str, Any]
 
 
-# As github.com/yburda/iwae has it: 59,600 images in 20s for 3,280 epochs, 9,774,400 steps. Not so:
-# there images keep their order, Adam's second moments begin at 1, and the last weights are taken.
+# As github.com/yburda/iwae has it: 59,600 images in 20s for 3,280 epochs, 9,774,400 steps. Other
+# there: images keep their order, weights begin uniform (Glorot), Adam's second moments begin at 1
+# and get epsilon before their bias is corrected, and the last weights are the result.
 _RELEASED: dict[str, Any] = {
     "data": "mnist",
     "binarize": "dynamic",

@@ -4,6 +4,7 @@ Everything is written to a temporary name and renamed, so that a file is whole o
 without executing code: JSON, and tensors with ``weights_only=True``.
 """
 
+import functools
 import json
 import os
 import platform
@@ -134,12 +135,15 @@ def processor() -> str:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:  # not Linux
         return platform.machine()
-    found = re.search(r"model name\s*:\s*(.*)", text)
+    found = re.search(r"model name[ \t]*:[ \t]*(\S.*)", text)
     return found.group(1).strip() if found else platform.machine()
 
 
+@functools.cache
 def commit(root: Path | None = None) -> str | None:
     """The commit of the checkout that runs, "+" after it where sources differ from it; else None.
+
+    Asked for once: what happens to the checkout afterwards does not happen to this process.
 
     Args:
         root: the checkout's own folder; default: where this package lies.
@@ -148,10 +152,18 @@ def commit(root: Path | None = None) -> str | None:
     if not (root / ".git").exists():  # installed: a repository around it is somebody else's
         return None
     found = []
+    # Not the repository of a hook that this runs in, and no lock in the way of who works here.
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
+    git = ["git", "--no-optional-locks", "-C", str(root)]
     for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--", "pyrovae", "scripts"]):
         try:
             done = subprocess.run(
-                ["git", "-C", str(root), *words], capture_output=True, text=True, timeout=10
+                [*git, *words],
+                env=environment,
+                capture_output=True,
+                text=True,
+                errors="replace",
+                timeout=10,
             )
         except (OSError, subprocess.TimeoutExpired):  # no git, or none that answers
             return None
@@ -173,8 +185,11 @@ def continued(before: dict[str, Any], now: dict[str, Any], epoch: int) -> dict[s
     last = dict(before)
     for change in earlier:
         last |= change
-    same = ("seed", "command")
-    other = {k: v for k, v in now.items() if k not in same and v != last.get(k)}
+    # What an earlier version did not note, or noted less well, is not known to be other.
+    skipped = {"seed", "command"} | (now.keys() - last.keys())
+    if last.get("device_name") == platform.machine():
+        skipped.add("device_name")
+    other = {k: v for k, v in now.items() if k not in skipped and v != last[k]}
     if not other:
         return before
     return {**before, "continued": [*earlier, {"after_epoch": epoch, **other}]}

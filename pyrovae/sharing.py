@@ -4,7 +4,7 @@
 ``model.safetensors``   the weights
 ``config.json``         every setting, enough to rebuild the VAE
 ``data.json``           the shape of x and the protocol of the data
-``environment.json``    versions, device and seed of the training
+``environment.json``    versions, commit, device and seed of the training
 ``README.md``           the model card: what it is, how good it is, how to use it
 ======================  ==========================================================================
 

@@ -158,24 +158,34 @@ class Traced:
         self._constant_names = list(rest)
         self.constants: list[Tensor] = [t.detach() for t in rest.values()]
         """Buffers and frozen parameters: inputs of the graph too, so that none is folded in."""
+        self._held = self._addresses()
         self._loss = _Weighted(inner, self._losses)
 
-    def check_held(self, params: Sequence[Tensor]) -> None:
-        """See that the module still has the tensors that a step reads and, of params, writes.
+    def check_held(self) -> None:
+        """See that module and parameter store still have the tensors that a step was traced with.
 
         Raises:
-            NotTraceableError: where one was assigned anew, which a traced step would not notice.
+            NotTraceableError: where one was assigned anew, came or went, which a traced step would
+                not notice.
         """
-        held = dict(zip(self._constant_names, self.constants, strict=True))
-        for name, p in zip(self._module_names, params, strict=True):
-            if name is not None:
-                held[name] = p
-        for name, t in (*self._module.named_parameters(), *self._module.named_buffers()):
-            if name in held and t.data_ptr() != held[name].data_ptr():
+        now = self._addresses()
+        for name in {**self._held, **now}:
+            if self._held.get(name) != now.get(name):
                 raise NotTraceableError(
-                    f"{name} was assigned anew between steps, and the traced step goes on with the "
-                    f"tensor that was there; write into it ({name}.copy_(...)), or use --engine svi"
+                    f"{name} was assigned anew, and a traced step goes on with the tensor that was "
+                    f"there; write into it, as by {name}.copy_(...), or start with --engine svi"
                 )
+
+    def _addresses(self) -> dict[str, int]:
+        """Where the module's tensors lie, by every name they have, and those of Pyro's store."""
+        found: dict[str, Tensor] = {}
+        found.update(self._module.named_parameters(remove_duplicate=False))
+        found.update(self._module.named_buffers(remove_duplicate=False))
+        store = dict(pyro.get_param_store().named_parameters())
+        found |= {
+            name: store[name] for name in self._store_names if name is not None and name in store
+        }
+        return {name: t.data_ptr() for name, t in found.items()}
 
     def plan(self, x: Tensor) -> Plan:
         """Run the programs once, to learn what noise they need for x (B, *x_shape).

@@ -45,11 +45,11 @@ def check_installed() -> None:
 
 
 class TensorBoard:
-    """A callback of `fit`: every metric of each epoch, and now and then sheets of images.
+    """A callback of `fit`: the metrics of each epoch, and now and then sheets of images.
 
     Args:
         path: a directory for the event files; look at them with ``tensorboard --logdir``.
-        vae: draws samples and reconstructions; None: no images.
+        vae: draws samples and reconstructions, and knows whether there is a bound; None: no images.
         x: (N, *x_shape), what is reconstructed.
         every: epochs between images; there are some after the first epoch too.
         first_epoch: what is there from this epoch on is hidden, as a resumed run repeats it.

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import platform
 import shlex
 import shutil
 import signal
@@ -114,12 +115,16 @@ def test_the_first_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
-def test_a_checkout_tells_its_commit(tmp_path: Path) -> None:
+def test_a_checkout_tells_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     inner = tmp_path / "pyrovae"
     inner.mkdir()
     code, note = inner / "a.py", tmp_path / "note.txt"
     code.write_text("1\n")
-    assert runs.commit(tmp_path) is None  # installed, and no checkout
+
+    def told(root: Path = tmp_path) -> str | None:
+        return runs.commit.__wrapped__(root)  # not as it was before
+
+    assert told() is None  # installed, and no checkout
 
     def git(*words: str) -> str:
         own = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
@@ -127,16 +132,18 @@ def test_a_checkout_tells_its_commit(tmp_path: Path) -> None:
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
     git("init")
-    assert runs.commit(tmp_path) is None  # nothing is committed
+    assert told() is None  # nothing is committed
     git("add", ".")
     git("commit", "-m", "one")
     head = git("rev-parse", "HEAD")
-    assert runs.commit(tmp_path) == head
+    assert told() == head
     note.write_text("no code of ours")
-    assert runs.commit(tmp_path) == head
+    assert told() == head
     code.write_text("2\n")
-    assert runs.commit(tmp_path) == head + "+"
-    assert runs.commit(inner) is None  # a package in somebody's repository
+    assert told() == head + "+"
+    monkeypatch.setenv("GIT_DIR", str(ROOT / ".git"))  # as in a hook of another repository
+    assert told() == head + "+"
+    assert told(inner) is None  # a package in somebody's repository
 
 
 def test_no_final_evaluation_and_quiet(here: Path) -> None:
@@ -248,6 +255,12 @@ def test_a_run_that_goes_on_elsewhere_says_so(here: Path) -> None:
     path.write_text(json.dumps({**first, "device": "cuda:0"}))
     ok("train --out moved --resume --epochs 3 --quiet")  # nothing is left to do
     assert "continued" not in json.loads(path.read_text())
+    # What an earlier version called the processor, and what it did not note, is no change.
+    older = {**first, "device_name": platform.machine()}
+    del older["commit"]
+    path.write_text(json.dumps(older))
+    ok("train --out moved --resume --epochs 4 --quiet")
+    assert json.loads(path.read_text()) == older
     path.write_text(json.dumps(found))
     ok("report moved --num-particles 2 --quiet")
     assert (

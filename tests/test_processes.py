@@ -32,7 +32,11 @@ def launch(arguments, count=2, program=("-m", "pyrovae"), **options):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command = [*torchrun, "--nproc-per-node", str(count), *program, *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    environment["PYTHONPATH"] = str(Path(processes.__file__).parents[1])  # for a script elsewhere
+    paths = [
+        str(Path(processes.__file__).parents[1]),
+        *filter(None, [os.environ.get("PYTHONPATH")]),
+    ]
+    environment["PYTHONPATH"] = os.pathsep.join(paths)  # for a script elsewhere
     return subprocess.Popen(
         command,
         env=environment,
@@ -188,6 +192,7 @@ def test_two_processes_compiled_learn_as_one_does(trained):
     command = [*TRAIN, "--epochs", 12, "--engine", "compiled", "--out", folder / "compiled"]
     status, _, err = finish(launch(command))
     assert status == 0, err
+    assert err.count("engine    compiled") == 1
     one, two = (Run(folder / name).read_metrics() for name in ("one", "compiled"))
     for a, b in zip(one, two, strict=True):
         assert a["valid_elbo"] == pytest.approx(b["valid_elbo"], abs=0.4)

@@ -250,6 +250,12 @@ def test_patience_finishes_a_run(small: Any) -> None:
     assert running.run(row, 0, place) == first
 
 
+def test_the_share_of_heavy_tails() -> None:
+    heavy = module("reproduction.cells").heavy
+    assert heavy([{"pareto_k_above_0_7": 0.25}, {"pareto_k_above_0_7": 0.5}]) == "38%"
+    assert heavy([{"pareto_k_above_0_7": 0.25}, {"pareto_k_above_0_7": None}]) == "not estimated"
+
+
 def test_the_sheet_and_the_page_of_likelihoods(small: Any) -> None:
     tables, place = small
     names = ("mnist-gaussian", "mnist-categorical")

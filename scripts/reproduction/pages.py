@@ -20,7 +20,7 @@ _HEAD = (
     "K",
     "seed",
     "epochs",
-    "k > 0.7",
+    "Pareto k > 0.7",
     "training",
     "command",
 )
@@ -78,15 +78,14 @@ Numbers are minus log p(x) in nats per image, lower is better, estimated on the 
 with K draws of z per image. ± is the standard error over images, the mean over seeds; [±] the
 standard deviation over seeds. The published ± is over the paper's runs. The weights were chosen by
 the validation ELBO and then evaluated on test once; rows that had other settings before, and what
-those gave, are in [earlier.md](earlier.md). k > 0.7 is the share of test images whose weights have
-so heavy a tail (Pareto k) that K draws may not suffice. Their estimate is then too low, so that
--log p(x) as it stands is too high, here as in the papers, which use the same estimator: annealing
-put that at 0.65 nats for one such model, [evaluation.md](../evaluation.md). Time is that of
-training, on the machine named beside it; the evaluation is as long again for some, and in the files
-(`evaluation_seconds`). VAE, k: the ELBO of k draws; IWAE, k: the importance-weighted bound of k
-draws. HVAE and ConvHVAE have two layers of latents, the latter with convolutions; VampPrior (500)
-is a mixture of the posteriors at 500 learned inputs. To a command add `--data-root DATA`, the
-folder of the data, and `--download` the first time."""
+those gave, are in [earlier.md](earlier.md). Pareto k > 0.7 is the share of test images whose
+weights have so heavy a tail that K draws may not suffice; their log p(x) is then too low, and
+-log p(x) too high. The papers use the same estimator; how much it can be is shown for one model in
+[evaluation.md](../evaluation.md). Time is that of training, on the machine named beside it; that of
+the evaluation is in the files (`evaluation_seconds`). VAE, k: the ELBO of k draws; IWAE, k: the
+importance-weighted bound of k draws. HVAE and ConvHVAE have two layers of latents, the latter with
+convolutions; VampPrior (500) is a mixture of the posteriors at 500 learned inputs. To a command add
+`--data-root DATA`, the folder of the data, and `--download` the first time."""
 
 
 def _table(rows: dict[str, Row], found: dict[str, Content]) -> str:

@@ -15,8 +15,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _EACH = 5  # images of each block
-_BLOCKS = ("E[x | z], z from the prior", "x drawn from p(x | z), same z", "test images: E[x | z]")
-_WIDE, _LEFT = 7.0, 1.55  # inches of the pictures, and of the names beside them
+_DATA = ("training images", "more of them", "test images")
+_MADE = (
+    "E[x | z], z from the prior",
+    "x drawn from p(x | z), same z",
+    "E[x | z] of the test images",
+)
+# Inches: of the pictures, of the names beside them, of a line of words above them.
+_WIDE, _LEFT, _HEAD = 7.0, 1.55, 0.22
 
 
 def draw(rows: list[tuple[Row, int]], place: Place, path: Path) -> None:
@@ -29,9 +35,9 @@ def draw(rows: list[tuple[Row, int]], place: Place, path: Path) -> None:
         vae = cfg.load(run)
         x = data.test.head(_EACH).tensor()
         if not lines:
-            index = torch.arange(2 * _EACH)
+            index = torch.arange(min(2 * _EACH, len(data.train)))
             given = data.train.batch(index, torch.Generator().manual_seed(0))
-            lines.append(("the data", [*given.split(_EACH), x]))
+            lines.append(("the data", [given[:_EACH], given[_EACH:], x]))
         made = [vae.generate(_EACH, mean=mean, seed=0) for mean in (True, False)]
         lines.append((row.title, [*made, vae.reconstruct(x, seed=0)]))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -41,25 +47,33 @@ def draw(rows: list[tuple[Row, int]], place: Place, path: Path) -> None:
 def _figure(lines: list[tuple[str, list[Tensor]]]) -> "Figure":
     from matplotlib.figure import Figure
 
-    gap = max(2, lines[0][1][0].shape[-1] // 4)
+    parts = [(lines[:1], _DATA), (lines[1:], _MADE)]
+    sheets = [_sheet([blocks for _, blocks in some]) for some, _ in parts]
+    tall = [_WIDE * sheet.shape[1] / sheet.shape[2] for sheet in sheets]
+    wide, high = _LEFT + _WIDE, sum(tall) + len(parts) * _HEAD
+    figure, top = Figure(figsize=(wide, high)), high
+    for (some, heads), sheet, height in zip(parts, sheets, tall, strict=True):
+        top -= _HEAD + height
+        axes = figure.add_axes((_LEFT / wide, top / high, _WIDE / wide, height / high))
+        axes.imshow(sheet.permute(1, 2, 0).numpy(), interpolation="nearest")
+        axes.set_axis_off()
+        options = {"transform": axes.transAxes, "fontsize": 7}
+        for i, (name, _) in enumerate(some):
+            axes.text(-0.01, 1 - (i + 0.5) / len(some), name, ha="right", va="center", **options)
+        for i, words in enumerate(heads):
+            x, y = (i + 0.5) / len(heads), 1 + 0.05 / height
+            axes.text(x, y, words, ha="center", va="bottom", **options)
+    return figure
+
+
+def _sheet(lines: list[list[Tensor]]) -> Tensor:
+    """Blocks of images side by side, a line of them for each row."""
+    gap = max(2, lines[0][0].shape[-1] // 4)
     parts: list[Tensor] = []
-    for blocks in zip(*(blocks for _, blocks in lines), strict=True):
+    for blocks in zip(*lines, strict=True):
         part = plots.sheet(torch.cat([_full(x) for x in blocks]), _EACH)
         parts += [part.new_ones(3, part.shape[1], gap), part] if parts else [part]
-    sheet = torch.cat(parts, 2)
-    top, tall = 0.25, _WIDE * sheet.shape[1] / sheet.shape[2]
-    figure = Figure(figsize=(_LEFT + _WIDE, tall + top))
-    box = (_LEFT / (_LEFT + _WIDE), 0.0, _WIDE / (_LEFT + _WIDE), tall / (tall + top))
-    axes = figure.add_axes(box)
-    axes.imshow(sheet.permute(1, 2, 0).numpy(), interpolation="nearest")
-    axes.set_axis_off()
-    for i, (name, _) in enumerate(lines):
-        y = 1 - (i + 0.5) / len(lines)
-        axes.text(-0.01, y, name, transform=axes.transAxes, ha="right", va="center", fontsize=7)
-    for i, words in enumerate(_BLOCKS):
-        x = (i + 0.5) / len(_BLOCKS)
-        axes.text(x, 1.01, words, transform=axes.transAxes, ha="center", fontsize=7)
-    return figure
+    return torch.cat(parts, 2)
 
 
 def _full(x: Tensor) -> Tensor:

@@ -26,7 +26,6 @@ from reproduction.rows import TABLES
 from reproduction.running import Place
 from reproduction.work import carry_out, choose
 
-from pyrovae import runs
 from pyrovae.checks import did_you_mean
 from pyrovae.errors import InputError, NonFiniteLossError
 from pyrovae.settings import LARGEST_SEED
@@ -72,7 +71,6 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     """Do what was asked; returns the exit status: 2 for a mistake, told in one line."""
-    runs.commit()  # of what runs now: a checkout may change under a long training
     try:
         return reproduce(arguments(argv))
     except (InputError, OSError) as error:

@@ -181,10 +181,8 @@ class Traced:
         found: dict[str, Tensor] = {}
         found.update(self._module.named_parameters(remove_duplicate=False))
         found.update(self._module.named_buffers(remove_duplicate=False))
-        store = dict(pyro.get_param_store().named_parameters())
-        found |= {
-            name: store[name] for name in self._store_names if name is not None and name in store
-        }
+        store = pyro.get_param_store().named_parameters()
+        found.update((name, p) for name, p in store if name in self._store_names)
         return {name: t.data_ptr() for name, t in found.items()}
 
     def plan(self, x: Tensor) -> Plan:

@@ -19,19 +19,11 @@ from pyrovae.errors import InputError
 from pyrovae.pictures import is_picture, sheet
 from pyrovae.vae import VAE
 
-# A metric -> the name that it is shown by; None: it is not shown.
-_TAGS: dict[str, str | None] = {
-    "epoch": None,
-    "train_loss": "train/loss",
-    "valid_elbo": "valid/elbo",
-    "valid_rate": "valid/rate",
-    "valid_distortion": "valid/distortion",
-}
 # An autoencoder has no bound, and its distortion is the squared error.
-_WITHOUT_DENSITY: dict[str, str | None] = {
+_WITHOUT_DENSITY = {
     "valid_elbo": None,
     "valid_rate": None,
-    "valid_distortion": "valid/squared_error",
+    "valid_distortion": "valid_squared_error",
 }
 
 
@@ -75,7 +67,7 @@ class TensorBoard:
         check_installed()
         from torch.utils.tensorboard import SummaryWriter
 
-        self.names = _TAGS if vae is None or vae.has_density else _TAGS | _WITHOUT_DENSITY
+        self.names = {} if vae is None or vae.has_density else _WITHOUT_DENSITY
         self.vae = vae if vae is not None and is_picture(vae.x_shape) else None
         self.x = x
         self.every = every
@@ -85,8 +77,10 @@ class TensorBoard:
         """Write the metrics of one epoch."""
         epoch = metrics["epoch"]
         for name, value in metrics.items():
-            tag = self.names.get(name, name)
-            if tag is not None:
+            shown = self.names.get(name, name)
+            if shown not in (None, "epoch"):
+                split, _, rest = shown.partition("_")
+                tag = f"{split}/{rest}" if split in ("train", "valid") else shown
                 self.writer.add_scalar(tag, value, epoch)
         if self.vae is not None and (epoch == 1 or epoch % self.every == 0):
             self._images(self.vae, epoch)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from exact import FixedNoise
 from shell import GREY, drawn, ok, shell
-from tiny import tiny_config, tiny_data, tiny_vae
+from tiny import tiny_config, tiny_data, tiny_hierarchy, tiny_vae
 from torch import nn
 
 import pyrovae as pv
@@ -28,7 +28,6 @@ from pyrovae.layers import Layers, stack
 from pyrovae.quadrature import quadrature
 
 STRUCTURES = hierarchical.STRUCTURES
-SMALL = {"latents": (3, 2), "upper_hidden": (6,)}
 
 
 @pytest.fixture(autouse=True)
@@ -40,9 +39,7 @@ def scoped():
 
 def small(structure="bottom-up", **changes):
     """A hierarchical VAE of three and two latents, and its data."""
-    args = SMALL | {"structure": structure} | changes.pop("model_args", {})
-    values = {"model": "hierarchical", "model_args": args} | changes
-    config = cfg.resolve(cfg.make(cfg.TrainConfig, {"hidden": (8,), **values}))
+    config = tiny_hierarchy(structure, **changes)
     data = tiny_data(config)
     return cfg.build(config, data), data
 

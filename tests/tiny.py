@@ -36,6 +36,7 @@ def tiny_vae(**changes) -> tuple[VAE, data.Data]:
 def tiny_hierarchy(structure: str = "top-down", **changes) -> cfg.TrainConfig:
     """A configuration of a hierarchy of three and two latents."""
     args = {"latents": (3, 2), "structure": structure, "upper_hidden": (6,)}
+    args |= changes.pop("model_args", {})
     values = {"model": "hierarchical", "model_args": args, "hidden": (8,), "batch_size": 16}
     return cfg.resolve(cfg.make(cfg.TrainConfig, values | {"epochs": 1} | changes))
 

@@ -73,7 +73,7 @@ def page(groups: Groups, planned: dict[str, list[Row]], figures: Path) -> str:
             )
         sheet = figures / f"likelihoods-{data}.png"
         if rows and sheet.is_file():
-            said = "Means of samples and of reconstructions, a row for each likelihood"
+            said = "Means, draws and reconstructions, a row for each likelihood"
             parts.append(f"![{said}](../figures/{sheet.name})")
             parts.append(_CAPTION)
     return "\n\n".join(parts) + "\n"

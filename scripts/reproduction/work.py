@@ -6,7 +6,6 @@ from fnmatch import fnmatch
 from pyrovae.checks import did_you_mean
 from pyrovae.commands.output import say
 from pyrovae.errors import InputError
-from pyrovae.runs import commit
 from reproduction import likelihood_page, pages, pictures
 from reproduction.rows import Row
 from reproduction.running import Place, StoppedError, keep, run, trained
@@ -29,7 +28,6 @@ def choose(
 
 def carry_out(rows: Sequence[Row], seeds: Sequence[int], place: Place, tables: pages.Tables) -> int:
     """Run the rows, keeping each result and its pages at once; returns the exit status."""
-    commit()  # of what runs now: a checkout may change under a long training
     for row in rows:
         for seed in seeds:
             try:

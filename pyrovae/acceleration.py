@@ -250,15 +250,15 @@ class CompiledSVI:
     # Inputs of a step that are not state.
 
     def _row(self, images: int, count: int | None = None) -> Tensor:
-        """What Python decides: learning rate, corrections, KL weight, images, averages' decay."""
+        """What Python decides: rate, corrections, KL weight, 1 / images, 1 - averages' decay."""
         optimizer = self.optim.optimizer
         weight = 1.0 if self.weight is None else self.weight.number
         lr = optimizer.param_groups[0]["lr"]
         count = self.count if count is None else count
         decay = average_decay(self.decay, count)
-        row = (lr, *corrections(optimizer, count), weight, images, decay)
-        # float64, for the first corrections are differences of nearly equal numbers.
-        return torch.tensor(row, dtype=torch.float64)
+        row = (lr, *corrections(optimizer, count), weight, 1 / images, 1 - decay)
+        # Rounded here, once: kernels would round and divide anew for every few weights.
+        return torch.tensor(row, dtype=self._params[0].dtype)
 
     def _noise(
         self, plan: Plan, size: int, generator: torch.Generator | None = None
@@ -362,8 +362,7 @@ class CompiledSVI:
         batch, noise, row = rest[0], rest[1:-1], rest[-1]
         x, noise = self._x(batch, noise, raw)
         draws = dict(zip(keys, noise, strict=True))
-        weight = row[3].to(self._params[0].dtype)
-        return traced.loss_and_grads(params, constants, x, draws, weight)
+        return traced.loss_and_grads(params, constants, x, draws, row[3])
 
     def _update(
         self, state: Sequence[Tensor], loss: Tensor, grads: Sequence[Tensor | None], row: Tensor
@@ -373,15 +372,15 @@ class CompiledSVI:
         moments = [[next(rest) for _ in range(count)] for count in self._moments]
         averages = [None if average is None else next(rest) for average in self._averages]
         total, health = rest
-        row = row.to(self._params[0].dtype)  # two numbers of float64 would make a third
-        lr, divisors, images, decay = row[0], (row[1], row[2]), row[4], row[5]
-        grads = [None if g is None else g / images for g in grads]
+        lr, corrections, scale, renewal = row[0], (row[1], row[2]), row[4], row[5]
         square: Any = sum(g.square().sum() for g in grads if g is not None)
-        norm = square.sqrt()
+        norm = square.sqrt() * scale
         finite = torch.isfinite(norm) & torch.isfinite(loss)
-        fine = finite & (health[1] == 0)
+        # A tensor of two becomes a buffer; one truth would be found anew for every few weights.
+        fine = torch.stack([finite & (health[1] == 0)] * 2)[0]
         clip = self.optim.clip_norm
-        factor = None if clip is None else torch.clamp(clip / (norm + 1e-6), max=1.0)
+        if clip is not None:
+            scale = torch.stack([scale * torch.clamp(clip / (norm + 1e-6), max=1.0)] * 2)[0]
 
         def put(old: Tensor, new: Tensor) -> None:
             old.copy_(torch.where(fine, new, old))
@@ -389,12 +388,11 @@ class CompiledSVI:
         for p, grad, old, average in zip(params, grads, moments, averages, strict=True):
             new = p
             if grad is not None:
-                grad = grad if factor is None else grad * factor
-                new, *values = moved(self.optim.optimizer, p, grad, old, lr, divisors)
+                new, *values = moved(self.optim.optimizer, p, grad * scale, old, lr, corrections)
                 for moment, value in zip(old, values, strict=False):
                     put(moment, value)
             if average is not None:
-                put(average, torch.lerp(average, new, 1 - decay))
+                put(average, torch.lerp(average, new, renewal))
             if grad is not None:
                 put(p, new)
         put(total, total + loss)

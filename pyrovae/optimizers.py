@@ -134,11 +134,15 @@ def slots(optimizer: torch.optim.Optimizer, p: Tensor) -> tuple[Tensor, ...]:
 
 
 def corrections(optimizer: torch.optim.Optimizer, step: int) -> tuple[float, float]:
-    """What step number ``step`` (from 1) divides the two moments by: 1 - b1^t, sqrt(1 - b2^t)."""
+    """What the first moment and the root of the second are multiplied by at ``step`` (from 1).
+
+    1 / (1 - b1^t) and 1 / sqrt(1 - b2^t): factors, for a division of every weight by a number
+    costs many times its multiplication.
+    """
     first, second = optimizer.defaults["betas"]
     if isinstance(optimizer, torch.optim.Adamax):
-        return 1 - first**step, 1.0
-    return 1 - first**step, math.sqrt(1 - second**step)
+        return 1 / (1 - first**step), 1.0
+    return 1 / (1 - first**step), 1 / math.sqrt(1 - second**step)
 
 
 def moved(
@@ -165,7 +169,7 @@ def moved(
     if isinstance(optimizer, torch.optim.Adamax):
         m = torch.lerp(moments[0], grad, 1 - first)
         v = torch.maximum(moments[1] * second, grad.abs() + eps)
-        return p - lr / corrections[0] * m / v, m, v
+        return p - lr * corrections[0] * m / v, m, v
     return adam(p, grad, moments, lr, corrections, (first, second), eps)
 
 

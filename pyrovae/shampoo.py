@@ -87,7 +87,7 @@ class Shampoo(torch.optim.Optimizer):
                 self.state[p]["step"] += 1
                 step = int(self.state[p]["step"])
                 first, second = group["betas"]
-                corrections = 1 - first**step, math.sqrt(1 - second**step)
+                corrections = 1 / (1 - first**step), 1 / math.sqrt(1 - second**step)
                 new, *values = self.moved(p, p.grad, slots, group["lr"], corrections)
                 for slot, value in zip(slots, values, strict=False):  # a root stays as it is
                     slot.copy_(value)
@@ -180,7 +180,10 @@ def adam(
     betas: tuple[float, float],
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Adam's update as a pure function: the parameter and its two moments after the step."""
+    """Adam's update as a pure function: the parameter and its two moments after the step.
+
+    The moments are multiplied by ``corrections``, 1 / (1 - b1^t) and, its root, 1 / sqrt(1 - b2^t).
+    """
     m = torch.lerp(slots[0], grad, 1 - betas[0])
     v = slots[1] * betas[1] + (1 - betas[1]) * grad * grad
-    return p - lr / corrections[0] * m / (v.sqrt() / corrections[1] + eps), m, v
+    return p - lr * corrections[0] * m / (v.sqrt() * corrections[1] + eps), m, v

@@ -158,32 +158,42 @@ class Traced:
         self._constant_names = list(rest)
         self.constants: list[Tensor] = [t.detach() for t in rest.values()]
         """Buffers and frozen parameters: inputs of the graph too, so that none is folded in."""
-        self._held = self._addresses()
+        self._held = self._tensors()
         self._loss = _Weighted(inner, self._losses)
 
     def check_held(self) -> None:
         """See that module and parameter store still have the tensors that a step was traced with.
 
         Raises:
-            NotTraceableError: where one was assigned anew, came or went, which a traced step would
-                not notice.
+            NotTraceableError: where one was assigned anew, came or went, was frozen or released,
+                which a traced step would not notice.
         """
-        now = self._addresses()
+        now, gone = self._tensors(), (None, None)
         for name in {**self._held, **now}:
-            if self._held.get(name) != now.get(name):
+            before, after = self._held.get(name, gone), now.get(name, gone)
+            if before[0] != after[0]:
                 raise NotTraceableError(
                     f"{name} was assigned anew, and a traced step goes on with the tensor that was "
                     f"there; write into it, as by {name}.copy_(...), or start with --engine svi"
                 )
+            if before[1] != after[1]:
+                raise NotTraceableError(
+                    f"requires_grad of {name} was {before[1]} when the step was traced and is "
+                    f"{after[1]} now, which the step does not follow; set it before training, or "
+                    "start with --engine svi"
+                )
 
-    def _addresses(self) -> dict[str, int]:
-        """Where the module's tensors lie, by every name they have, and those of Pyro's store."""
+    def _tensors(self) -> dict[str, tuple[int, bool]]:
+        """Where the module's tensors lie and whether they are trained, by every name they have.
+
+        Those of Pyro's store that are trained too.
+        """
         found: dict[str, Tensor] = {}
         found.update(self._module.named_parameters(remove_duplicate=False))
         found.update(self._module.named_buffers(remove_duplicate=False))
         store = pyro.get_param_store().named_parameters()
         found.update((name, p) for name, p in store if name in self._store_names)
-        return {name: t.data_ptr() for name, t in found.items()}
+        return {name: (t.data_ptr(), t.requires_grad) for name, t in found.items()}
 
     def plan(self, x: Tensor) -> Plan:
         """Run the programs once, to learn what noise they need for x (B, *x_shape).

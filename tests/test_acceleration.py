@@ -829,11 +829,12 @@ CHANGES = {
     "its data": lambda d: setattr(d.layers[0].weight, "data", d.layers[0].weight.data.clone()),
     "another name of it": lambda d: setattr(d, "again", copy.deepcopy(d.again)),
     "one more": lambda d: setattr(d, "more", nn.Parameter(torch.zeros(1))),
+    "frozen": lambda d: d.layers[0].weight.requires_grad_(False),
 }
 
 
 @pytest.mark.parametrize("what", CHANGES)
-def test_a_tensor_that_is_assigned_anew_is_noticed(what):
+def test_a_tensor_that_is_assigned_anew_or_frozen_is_noticed(what):
     vae, data = tiny_vae(likelihood="gaussian")
     vae.decoder.register_buffer("shift", torch.zeros(1))
     inner = vae.decoder.forward
@@ -847,7 +848,10 @@ def test_a_tensor_that_is_assigned_anew_is_noticed(what):
     svi.step(torch.arange(6))
     svi.check()
     CHANGES[what](vae.decoder)
-    with pytest.raises(NotTraceableError, match=r"(shift|weight|again|more) was assigned anew"):
+    said = r"(shift|weight|again|more) was assigned anew"
+    if what == "frozen":
+        said = r"requires_grad of decoder\S+ was True .* and is False now"
+    with pytest.raises(NotTraceableError, match=said):
         svi.check()
 
 

@@ -62,7 +62,7 @@ REPAID_AFTER_CHUNKS = 2000
 class CompiledSVI:
     """`pyro.infer.SVI` with a step that was traced once and compiled.
 
-    ``step`` lowers the loss as ``SVI.step`` does, with the same arithmetic, several times faster.
+    ``step`` lowers the loss as ``SVI.step`` does, but for rounding, several times faster.
     The loss that it returns is a tensor that nobody waits for. A step whose loss or gradient is
     not finite changes nothing, nor does any step after it; `check` tells, and is called every so
     many steps.
@@ -207,7 +207,7 @@ class CompiledSVI:
 
         Raises:
             FloatingPointError: if one failed, with its number.
-            NotTraceableError: if a tensor of the module was assigned anew since they were traced.
+            NotTraceableError: if a tensor of the module was assigned anew, or frozen or released.
         """
         self._traced.check_held()
         failed = int(self._health[1])
@@ -373,14 +373,13 @@ class CompiledSVI:
         averages = [None if average is None else next(rest) for average in self._averages]
         total, health = rest
         lr, corrections, scale, renewal = row[0], (row[1], row[2]), row[4], row[5]
-        square: Any = sum(g.square().sum() for g in grads if g is not None)
-        norm = square.sqrt() * scale
+        square: Any = sum((g * scale).square().sum() for g in grads if g is not None)
+        norm = square.sqrt()
         finite = torch.isfinite(norm) & torch.isfinite(loss)
-        # A tensor of two becomes a buffer; one truth would be found anew for every few weights.
-        fine = torch.stack([finite & (health[1] == 0)] * 2)[0]
+        fine = _once(finite & (health[1] == 0))
         clip = self.optim.clip_norm
         if clip is not None:
-            scale = torch.stack([scale * torch.clamp(clip / (norm + 1e-6), max=1.0)] * 2)[0]
+            scale = _once(scale * torch.clamp(clip / (norm + 1e-6), max=1.0))
 
         def put(old: Tensor, new: Tensor) -> None:
             old.copy_(torch.where(fine, new, old))
@@ -398,6 +397,15 @@ class CompiledSVI:
         put(total, total + loss)
         number = torch.where((health[1] == 0) & ~finite, health[0] + 1, health[1])
         health.copy_(torch.stack([health[0] + 1, number]))
+
+
+def _once(value: Tensor) -> Tensor:
+    """A value of shape () that a CPU's kernels read, where they would compute it at every use.
+
+    Inductor repeats what a scalar is made of within the loops that use it; two scalars stacked
+    get a place in memory.
+    """
+    return torch.stack([value, value])[0]
 
 
 class _Step:

@@ -9,7 +9,7 @@ from pyro.optim import PyroOptim
 from torch import Tensor, nn
 
 from pyrovae.errors import InputError
-from pyrovae.shampoo import Shampoo, adam
+from pyrovae.shampoo import Shampoo, adam, unbiased
 
 OPTIMIZERS: dict[str, Any] = {
     "adam": torch.optim.Adam,
@@ -134,15 +134,9 @@ def slots(optimizer: torch.optim.Optimizer, p: Tensor) -> tuple[Tensor, ...]:
 
 
 def corrections(optimizer: torch.optim.Optimizer, step: int) -> tuple[float, float]:
-    """What the first moment and the root of the second are multiplied by at ``step`` (from 1).
-
-    1 / (1 - b1^t) and 1 / sqrt(1 - b2^t): factors, for a division of every weight by a number
-    costs many times its multiplication.
-    """
-    first, second = optimizer.defaults["betas"]
-    if isinstance(optimizer, torch.optim.Adamax):
-        return 1 / (1 - first**step), 1.0
-    return 1 / (1 - first**step), 1 / math.sqrt(1 - second**step)
+    """What the first moment and the root of the second are multiplied by at ``step`` (from 1)."""
+    first, second = unbiased(optimizer.defaults["betas"], step)
+    return first, 1.0 if isinstance(optimizer, torch.optim.Adamax) else second
 
 
 def moved(
@@ -155,7 +149,7 @@ def moved(
 ) -> tuple[Tensor, ...]:
     """One update as a pure function: the parameter and those moments that the step moves.
 
-    The same arithmetic as the torch optimiser's, with the learning rate and the bias corrections
+    That of the torch optimiser, but for rounding, with the learning rate and the bias corrections
     as tensors, so that a traced step need not be traced again when they change.
     """
     if isinstance(optimizer, Shampoo):

@@ -86,8 +86,7 @@ class Shampoo(torch.optim.Optimizer):
                 slots = self.slots(p)
                 self.state[p]["step"] += 1
                 step = int(self.state[p]["step"])
-                first, second = group["betas"]
-                corrections = 1 / (1 - first**step), 1 / math.sqrt(1 - second**step)
+                corrections = unbiased(group["betas"], step)
                 new, *values = self.moved(p, p.grad, slots, group["lr"], corrections)
                 for slot, value in zip(slots, values, strict=False):  # a root stays as it is
                     slot.copy_(value)
@@ -171,6 +170,17 @@ def inverse_root(second: Tensor) -> Tensor:
     return (vectors * values.rsqrt()) @ vectors.T
 
 
+def unbiased(betas: tuple[float, float], step: int) -> tuple[float, float]:
+    """1 / (1 - b1^t) and 1 / sqrt(1 - b2^t) of Adam's step t, from 1.
+
+    Factors, for a division of every weight by a number costs many times its multiplication.
+
+    >>> unbiased((0.5, 0.75), 1)
+    (2.0, 2.0)
+    """
+    return 1 / (1 - betas[0] ** step), 1 / math.sqrt(1 - betas[1] ** step)
+
+
 def adam(
     p: Tensor,
     grad: Tensor,
@@ -182,7 +192,7 @@ def adam(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Adam's update as a pure function: the parameter and its two moments after the step.
 
-    The moments are multiplied by ``corrections``, 1 / (1 - b1^t) and, its root, 1 / sqrt(1 - b2^t).
+    ``corrections``, of `unbiased`, multiply the first moment and the root of the second.
     """
     m = torch.lerp(slots[0], grad, 1 - betas[0])
     v = slots[1] * betas[1] + (1 - betas[1]) * grad * grad

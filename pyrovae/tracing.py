@@ -150,6 +150,11 @@ class Traced:
                 raise InputError(
                     f"expected parameters of module= or of Pyro's store; {name!r} is in neither"
                 )
+            if not named[name].requires_grad:
+                raise InputError(
+                    f"expected parameters that take a gradient; {name!r} was frozen after the "
+                    "optimiser was made: make it anew"
+                )
         trained = {id(p) for p in named.values()}
         rest: dict[str, Tensor] = {
             n: p for n, p in inner.named_parameters() if id(p) not in trained
@@ -178,15 +183,15 @@ class Traced:
                 )
             if before[1] != after[1]:
                 raise NotTraceableError(
-                    f"requires_grad of {name} was {before[1]} when the step was traced and is "
-                    f"{after[1]} now, which the step does not follow; set it before training, or "
-                    "start with --engine svi"
+                    f"requires_grad of {name} was {before[1]} when training began and is "
+                    f"{after[1]} now, which a traced step does not follow; set it before, or start "
+                    "with --engine svi"
                 )
 
     def _tensors(self) -> dict[str, tuple[int, bool]]:
-        """Where the module's tensors lie and whether they are trained, by every name they have.
+        """Where tensors lie and whether they take a gradient, by every name they have.
 
-        Those of Pyro's store that are trained too.
+        All of the module's; of Pyro's store, those that the optimiser holds.
         """
         found: dict[str, Tensor] = {}
         found.update(self._module.named_parameters(remove_duplicate=False))

@@ -830,9 +830,11 @@ CHANGES = {
     "another name of it": lambda d: setattr(d, "again", copy.deepcopy(d.again)),
     "one more": lambda d: setattr(d, "more", nn.Parameter(torch.zeros(1))),
     "frozen": lambda d: d.layers[0].weight.requires_grad_(False),
+    "released": lambda d: d.still.requires_grad_(True),
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*was not registered in the param store")  # the frozen one
 @pytest.mark.parametrize("what", CHANGES)
 def test_a_tensor_that_is_assigned_anew_or_frozen_is_noticed(what):
     vae, data = tiny_vae(likelihood="gaussian")
@@ -840,6 +842,7 @@ def test_a_tensor_that_is_assigned_anew_or_frozen_is_noticed(what):
     inner = vae.decoder.forward
     vae.decoder.forward = lambda z: inner(z) + vae.decoder.shift
     vae.decoder.again = vae.decoder.layers[0].weight
+    vae.decoder.still = nn.Parameter(torch.zeros(1), requires_grad=False)
     optim = WholeModelOptimizer(vae.named_parameters())
     svi = traced_svi(vae, optim, split=data.train)
     optim.begin(1e-3, 6)
@@ -849,10 +852,18 @@ def test_a_tensor_that_is_assigned_anew_or_frozen_is_noticed(what):
     svi.check()
     CHANGES[what](vae.decoder)
     said = r"(shift|weight|again|more) was assigned anew"
-    if what == "frozen":
-        said = r"requires_grad of decoder\S+ was True .* and is False now"
+    if what in ("frozen", "released"):
+        said = f"requires_grad of .* was {what == 'frozen'} .* and is {what != 'frozen'} now"
     with pytest.raises(NotTraceableError, match=said):
         svi.check()
+
+
+def test_a_parameter_frozen_since_the_optimiser_was_made_is_refused():
+    vae, data = tiny_vae()
+    optim = WholeModelOptimizer(vae.named_parameters())
+    vae.decoder.layers[0].weight.requires_grad_(False)
+    with pytest.raises(InputError, match=r"decoder.layers.0.weight' was frozen after"):
+        traced_svi(vae, optim, split=data.train)
 
 
 def test_a_program_that_assigns_a_tensor_is_left_to_svi(monkeypatch):

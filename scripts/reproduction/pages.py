@@ -81,11 +81,12 @@ the validation ELBO and then evaluated on test once; rows that had other setting
 those gave, are in [earlier.md](earlier.md). Pareto k > 0.7 is the share of test images whose
 weights have so heavy a tail that K draws may not suffice; their log p(x) is then too low, and
 -log p(x) too high. The papers use the same estimator; how much it can be is shown for one model in
-[evaluation.md](../evaluation.md). Time is that of training, on the machine named beside it; that of
-the evaluation is in the files (`evaluation_seconds`). VAE, k: the ELBO of k draws; IWAE, k: the
-importance-weighted bound of k draws. HVAE and ConvHVAE have two layers of latents, the latter with
-convolutions; VampPrior (500) is a mixture of the posteriors at 500 learned inputs. To a command add
-`--data-root DATA`, the folder of the data, and `--download` the first time."""
+[evaluation.md](../evaluation.md). Time is that of training, on the machine named beside it, with
+whatever else it did meanwhile and with pauses; that of the evaluation is in the files
+(`evaluation_seconds`). VAE, k: the ELBO of k draws; IWAE, k: the importance-weighted bound of k
+draws. HVAE and ConvHVAE have two layers of latents, the latter with convolutions; VampPrior (500)
+is a mixture of the posteriors at 500 learned inputs. To a command add `--data-root DATA`, the
+folder of the data, and `--download` the first time."""
 
 
 def _table(rows: dict[str, Row], found: dict[str, Content]) -> str:

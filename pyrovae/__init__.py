@@ -28,10 +28,12 @@ _HOME = {
     "log_weights": "importance",
 }
 _MODULES = (
+    "acceleration",
     "annealing",
     "autoencoder",
     "cli",
     "comparison",
+    "compiled_terms",
     "config",
     "data",
     "diagnostics",

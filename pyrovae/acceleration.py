@@ -1,4 +1,4 @@
-"""The fast SVI step, and the fast evaluator: Pyro's handlers run once, the rest is compiled.
+"""The fast SVI step: Pyro's handlers run once, the rest is compiled.
 
 A stock ``SVI.step`` spends most of a small network's time in Python: handlers, plates, traces, and
 an optimiser for each parameter. None of that depends on the data. So the programs are run once
@@ -8,12 +8,7 @@ changes between steps is an input of that graph and never a constant in it: weig
 state, the batch, the noise, the learning rate, the KL weight.
 """
 
-import logging
-import math
-import shutil
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,19 +16,9 @@ from pyro.infer import ELBO
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from pyrovae import tracing
+from pyrovae import compiling, tracing
 from pyrovae.data import Split
-from pyrovae.errors import InputError
-from pyrovae.importance import (
-    GUIDE,
-    Kernel,
-    LogTerms,
-    Program,
-    Programs,
-    chunks,
-    float32_products,
-    is_made_of_normals,
-)
+from pyrovae.importance import Program
 from pyrovae.objectives import KLWeight
 from pyrovae.optimizers import (
     WholeModelOptimizer,
@@ -43,20 +28,8 @@ from pyrovae.optimizers import (
     moved,
     slots,
 )
-from pyrovae.proposals import Noise, Proposal
+from pyrovae.precision import networks_in
 from pyrovae.tracing import Draws, NotTraceableError, Plan, Traced
-
-# "traced" replays the traced operations without compiling them: to look into, or for a few steps.
-ENGINES = ("auto", "svi", "compiled", "cuda-graph", "traced")
-EVALUATORS = ("auto", "eager", "compiled")
-PRECISIONS = ("fp32", "tf32", "bf16")
-
-# On a CPU, compilation takes 6 to 20 seconds, and then each step saves a quarter to a half. What
-# repays it is steps times numbers of a step: from 1.1 to 7.9 billion of seven networks that were
-# measured, whose steps differ a hundredfold (benchmarks/README.md).
-REPAID_AFTER = 3e9
-# A chunk of an evaluation saves about 10 milliseconds.
-REPAID_AFTER_CHUNKS = 2000
 
 
 class CompiledSVI:
@@ -432,12 +405,12 @@ class _Step:
         first = [
             sum(self.svi._moments[:i], len(self.svi._params)) for i in range(len(self.svi._moments))
         ]
-        for compiling in (False, True):
+        for compile_it in (False, True):
             state = [t.clone() for t in self.svi._state]
             inputs, out = [*state, *rest, batch, *noise, row], row
             for i, graph in enumerate(self._traced):
-                if compiling:
-                    self._graphs[i] = compiled(graph, inputs)
+                if compile_it:
+                    self._graphs[i] = compiling.compiled(graph, inputs)
                 with torch.no_grad():
                     out = self._graphs[i](*inputs)
                 inputs = [*state, out, row]
@@ -459,8 +432,8 @@ class _Step:
 
     def _captured(self, batch: Tensor, noise: list[Tensor], row: Tensor) -> Callable[..., Tensor]:
         if self._replay is None:
-            with _quiet_compiler():
-                self._replay = captured(self._call, self.svi._state, [batch, *noise, row])
+            with compiling.quiet_compiler():
+                self._replay = compiling.captured(self._call, self.svi._state, [batch, *noise, row])
         return self._replay
 
     def _call(self, *inputs: Tensor) -> Tensor:
@@ -469,194 +442,6 @@ class _Step:
             return first
         self.svi.reduce(first)
         return self._graphs[1](*self.svi._state, first, inputs[-1])
-
-
-class CompiledTerms:
-    """The terms of the log-weights for chunks of one shape, traced and compiled once.
-
-    An `importance.Kernel`. One chunk is computed both ways first, and a difference is an error.
-
-    Args:
-        model: Pyro program with the observed sites.
-        guide: Pyro program with the latent sites, all made of normals.
-        module: the module whose weights they use; they are read anew for every chunk.
-        x: the first batch, (B, *x_shape).
-        num_particles: K of a chunk.
-        compile_it: False replays the traced operations one by one.
-
-    Raises:
-        NotTraceableError: for programs that cannot be traced, or not rightly, and why.
-    """
-
-    def __init__(
-        self,
-        model: Program,
-        guide: Program,
-        module: nn.Module,
-        x: Tensor,
-        num_particles: int,
-        *,
-        compile_it: bool = True,
-    ):
-        self.shape = (num_particles, *x.shape)
-        x = x.contiguous()  # kernels want a fixed layout
-        traced = tracing.TracedTerms(model, guide, module, num_particles)
-        self._weights = traced.weights
-        graph, self._events = traced.graph(x)
-        self._run: Callable[..., Sequence[Tensor]] = graph
-        noise = Noise(0, range(len(x)), range(num_particles))
-        if compile_it:
-            self._run = compiled(graph, [*self._weights, x, *self._drawn(x, noise)])
-        with torch.no_grad():
-            (truth,) = chunks(model, guide, x, num_particles, chunk=num_particles, seed=0)
-            _compare_terms(self(x, noise), truth)
-
-    def serves(self, x: Tensor, noise: Noise) -> bool:
-        """Whether a chunk has this shape, and draws from the guide."""
-        return noise.proposal == GUIDE and (len(noise.particles), *x.shape) == self.shape
-
-    def __call__(self, x: Tensor, noise: Noise) -> LogTerms:
-        """The terms of a chunk."""
-        terms = self._run(*self._weights, x.contiguous(), *self._drawn(x, noise))
-        likelihood, prior, posterior, *z = terms
-        return LogTerms(likelihood, prior, posterior, dict(zip(self._events, z, strict=True)))
-
-    def _drawn(self, x: Tensor, noise: Noise) -> list[Tensor]:
-        return [noise.draw(site, event, x) for site, event in self._events.items()]
-
-
-def terms_kernel(
-    engine: str,
-    vae: Programs,
-    x: Tensor,
-    num_particles: int,
-    num_chunks: int,
-    proposal: Proposal = GUIDE,
-) -> Kernel | None:
-    """What computes the chunks of an evaluation: compiled where that pays, else None.
-
-    Args:
-        engine: "auto", "eager" or "compiled".
-        vae: a module with the two programs.
-        x: the first batch, (B, *x_shape).
-        num_particles: K of a chunk.
-        num_chunks: how many chunks of that shape there will be.
-        proposal: what z is drawn from; only draws of the guide are compiled.
-
-    Raises:
-        InputError: for an unknown engine, or "compiled" where there is no compiler.
-        NotTraceableError: for "compiled" and programs that cannot be traced.
-    """
-    if engine not in EVALUATORS:
-        raise InputError(f"--engine expects one of {', '.join(EVALUATORS)}; got {engine!r}")
-    if engine == "compiled":
-        if proposal != GUIDE:
-            raise InputError(
-                "--engine compiled draws from the guide; leave --proposal out, or use --engine auto"
-            )
-        choose("compiled", x.device, 0, 0)
-    elif (
-        engine == "eager"
-        or proposal != GUIDE
-        or num_chunks < REPAID_AFTER_CHUNKS
-        or not (x.is_cuda or has_compiler())
-    ):
-        return None
-    try:
-        if not is_made_of_normals(vae.guide, x[:1]):
-            raise NotTraceableError("the guide is not made of normal distributions")
-        module: Any = vae
-        return CompiledTerms(vae.model, vae.guide, module, x, num_particles)
-    except NotTraceableError:
-        if engine == "compiled":
-            raise
-        return None
-
-
-def _compare_terms(ours: LogTerms, theirs: LogTerms) -> None:
-    for name, a, b in zip(LogTerms._fields[:3], ours[:3], theirs[:3], strict=True):
-        error = float((a - b).abs().max())
-        if not error <= 1e-3 + 1e-5 * float(b.abs().max()):
-            raise NotTraceableError(
-                f"{name} of the traced programs differs from Pyro's by {error:.1e} nats, on the "
-                "same noise: the programs do something that depends on more than x and their draws"
-            )
-
-
-@contextmanager
-def _quiet_compiler() -> Iterator[None]:
-    """While compiling, torch may warn of its own deprecated parts, and of CUDA without a device."""
-    logger = logging.getLogger("torch.utils.cpp_extension")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(before)
-
-
-def compiled(graph: GraphModule, example: Sequence[Tensor]) -> Callable[..., Any]:
-    """A traced graph compiled by Inductor for inputs like the example.
-
-    Not through ``torch.compile``, whose guards would be asked at every call: shapes, types and
-    devices are those that the graph was traced with.
-
-    Raises:
-        NotTraceableError: if compilation fails.
-    """
-    try:
-        with torch.no_grad(), _quiet_compiler():
-            from torch import _inductor  # late: importing it changes the filters of warnings
-
-            # A graph with its gradient inside looks like inference to Inductor, which then lays
-            # a CPU's images out with channels innermost: three lanes of a vector's sixteen.
-            options = {} if any(t.is_cuda for t in example) else {"layout_optimization": False}
-            run = _inductor.compile(graph, list(example), options=options)
-            run(*(t.clone() for t in example))  # the first call completes the work
-            return run
-    except Exception as error:
-        reason = " ".join(str(error).split())[:160]
-        raise NotTraceableError(f"the compilation failed: {reason}") from error
-
-
-def captured(
-    function: Callable[..., Tensor], state: Sequence[Tensor], inputs: Sequence[Tensor]
-) -> Callable[..., Tensor]:
-    """A function captured in a CUDA graph: inputs are copied in, the output is a copy.
-
-    Args:
-        function: of tensors of fixed shapes; it may change ``state`` in place.
-        state: what it changes; warming up leaves it as it was.
-        inputs: an example of its inputs, on the device or not.
-    """
-    device = state[0].device
-    static = [t.to(device, copy=True) for t in inputs]
-    kept = [t.clone() for t in state]
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    try:
-        with torch.cuda.stream(stream):
-            for _ in range(3):  # compilation, and the libraries' own first-time work
-                function(*static)
-        torch.cuda.current_stream(device).wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        # On the stream given: torch's own would belong to the current device, not to this one.
-        with torch.cuda.device(device), torch.cuda.graph(graph, stream=stream):
-            output = function(*static)
-    finally:  # also where it fails, for another engine may go on from here
-        for t, old in zip(state, kept, strict=True):
-            t.copy_(old)
-
-    def replay(*given: Tensor) -> Tensor:
-        for to, value in zip(static, given, strict=True):
-            to.copy_(value, non_blocking=True)
-        with torch.cuda.device(device):
-            graph.replay()
-        return output.clone()
-
-    return replay
 
 
 def _keep(state: dict[str, Any], ours: Sequence[Tensor], loaded: Sequence[Tensor]) -> None:
@@ -678,124 +463,3 @@ def _averages(
         return [None] * len(params)
     by_id = {id(t): name for name, t in module.state_dict(keep_vars=True).items()}
     return [average[0][by_id[id(p)]] if id(p) in by_id else None for p in params]
-
-
-@contextmanager
-def networks_in(module: Any, precision: str) -> Iterator[None]:
-    """Let the matrix products of a module's layers run in a lower precision.
-
-    "tf32" rounds the factors to 10 bits of mantissa on GPUs that can, "bf16" to 7; sums are in
-    float32, and so is whatever comes after a layer: activations, log-probabilities, the bound.
-
-    Raises:
-        InputError: for another precision.
-    """
-    if precision not in PRECISIONS:
-        raise InputError(f"--precision expects one of {', '.join(PRECISIONS)}; got {precision!r}")
-    rounded = module if precision == "bf16" else None
-    with float32_products(rounded=precision == "tf32"), _rounding(rounded):
-        yield
-
-
-@contextmanager
-def _rounding(module: Any) -> Iterator[None]:
-    """Let the layers of a module compute in bfloat16; None: nobody's."""
-    layers: list[nn.Module] = []
-    if module is not None:
-        kinds = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
-        layers = [layer for layer in module.modules() if isinstance(layer, kinds)]
-    own = [vars(layer).get("forward") for layer in layers]
-    for layer in layers:
-        layer.forward = _rounded(layer.forward)
-    try:
-        yield
-    finally:
-        for layer, forward in zip(layers, own, strict=True):
-            if forward is None:
-                del layer.forward  # the class's own is behind it
-            else:
-                layer.forward = forward
-
-
-def _rounded(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    def run(x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, torch.bfloat16, cache_enabled=False):
-            return forward(x).to(x.dtype)
-
-    return run
-
-
-def numbers_of_step(
-    module: Any, x_shape: Sequence[int], batch_size: int, num_particles: int = 1
-) -> int:
-    """How much a step passes over, roughly: parameters, and what each image is read and told as.
-
-    Args:
-        module: holds the parameters; the likelihood's are counted where it has one, as a `VAE` has.
-        x_shape: of an image.
-        batch_size: of all processes together.
-        num_particles: draws of z per image.
-
-    >>> numbers_of_step(nn.Linear(3, 2), (4,), 10)
-    48
-    """
-    likelihood = getattr(module, "likelihood", None)
-    told = getattr(likelihood, "params_shape", None)
-    image = math.prod(x_shape) + (0 if told is None else math.prod(told))
-    weights = sum(p.numel() for p in module.parameters())
-    return weights + batch_size * num_particles * image
-
-
-def choose(engine: str, device: torch.device, steps: int, numbers: int) -> tuple[str, str]:
-    """The engine that "auto" means, and why, in a few words.
-
-    Args:
-        engine: one of ``ENGINES``.
-        device: where it runs.
-        steps: that are planned.
-        numbers: that a step passes over, as `numbers_of_step` counts them.
-
-    Raises:
-        InputError: for an unknown engine, or one that this device has not.
-    """
-    if engine not in ENGINES:
-        raise InputError(f"--engine expects one of {', '.join(ENGINES)}; got {engine!r}")
-    cuda = device.type == "cuda"
-    if engine == "cuda-graph" and not cuda:
-        raise InputError(
-            f"--engine cuda-graph needs a CUDA device, and this run is on {device}; use --engine "
-            "compiled"
-        )
-    if engine == "compiled" and not cuda and not has_compiler():
-        raise InputError(
-            "--engine compiled needs a C++ compiler, and none was found; install g++, or use "
-            "--engine svi"
-        )
-    if engine != "auto":
-        return engine, "as asked"
-    if cuda:
-        return "cuda-graph", "a CUDA device"
-    if not has_compiler():
-        return "svi", "no C++ compiler was found, which the compiled engine needs"
-    if steps * numbers < REPAID_AFTER:
-        return "svi", f"{steps:,} such steps would not repay the compilation"
-    return "compiled", f"{steps:,} such steps repay the compilation"
-
-
-def mode_of(checkpoint: dict[str, Any]) -> tuple[str, bool | None]:
-    """The engine that a checkpoint was written by, and whether it drew its batches itself."""
-    engine = checkpoint.get("engine")
-    return ("svi", None) if engine is None else (engine["mode"], engine.get("by_index"))
-
-
-def fits(split: Split, device: torch.device) -> bool:
-    """Whether the raw levels of a split should be held on the device: half of it may be theirs."""
-    if device.type != "cuda":
-        return True
-    free, _ = torch.cuda.mem_get_info(device)
-    return split.raw.nbytes < free // 2
-
-
-def has_compiler() -> bool:
-    """Whether Inductor finds a C++ compiler."""
-    return any(shutil.which(name) for name in ("g++", "clang++", "c++"))

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyrovae import acceleration, importance, processes
+from pyrovae import compiled_terms, importance, processes
 from pyrovae.data import Split
 from pyrovae.errors import InputError
 from pyrovae.estimates import PerImage, curve_sizes, delta_error, estimate
@@ -221,7 +221,7 @@ def evaluate(
         memory: bytes that one chunk may take; default: 64 MiB on a CPU, a quarter of the free
             memory on a GPU.
         engine: "eager" runs the Pyro programs for every chunk, "compiled" what was traced of them
-            once (`acceleration.CompiledTerms`, which may be given itself); "auto" compiles where
+            once (`compiled_terms.CompiledTerms`, which may be given itself); "auto" compiles where
             that is repaid.
         progress: called with the number of images done.
 
@@ -247,7 +247,7 @@ def evaluate(
     chosen = min(processes.gather(chosen))  # one cut for all: free memory may differ
     whole = (len(x) // chosen.images) * (num_particles // chosen.particles)
     kernel = (
-        acceleration.terms_kernel(
+        compiled_terms.terms_kernel(
             engine, vae, x[: chosen.images].to(here), chosen.particles, whole, proposal
         )
         if isinstance(engine, str)

@@ -83,7 +83,7 @@ class LogTerms(NamedTuple):
 
 
 class Kernel(Protocol):
-    """Computes the terms of whole chunks, as `acceleration.CompiledTerms` does."""
+    """Computes the terms of whole chunks, as `compiled_terms.CompiledTerms` does."""
 
     def serves(self, x: Tensor, noise: Noise) -> bool:
         """Whether a chunk has the shape and the proposal that this kernel is made for."""

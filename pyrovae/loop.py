@@ -15,11 +15,12 @@ from pyro.infer import SVI
 from torch import Tensor, nn
 
 from pyrovae import importance, processes
-from pyrovae.acceleration import CompiledSVI, networks_in
+from pyrovae.acceleration import CompiledSVI
 from pyrovae.data import Data
 from pyrovae.errors import InputError, NonFiniteLossError
 from pyrovae.importance import Program, Programs
 from pyrovae.optimizers import WholeModelOptimizer, average_decay
+from pyrovae.precision import networks_in
 from pyrovae.runs import Run, load_checkpoint, save_checkpoint
 from pyrovae.streams import own_streams, seed_of
 

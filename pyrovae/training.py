@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from pyro.infer import ELBO, SVI
 
-from pyrovae import acceleration, objectives, processes
+from pyrovae import compiling, engines, objectives, processes
 from pyrovae.acceleration import CompiledSVI
 from pyrovae.data import Data
 from pyrovae.errors import InputError
@@ -176,10 +176,10 @@ def fit(
     )
     by_index = None
     if resume and run is not None:
-        mode, by_index = acceleration.mode_of(load_checkpoint(run.last))
+        mode, by_index = engines.mode_of(load_checkpoint(run.last))
         engine = mode if engine == "auto" else engine
         if engine in ("cuda-graph", "compiled") and device.type != "cuda":
-            engine = "compiled" if acceleration.has_compiler() else "traced"
+            engine = "compiled" if compiling.has_compiler() else "traced"
     metrics_log: list[Metrics] = []
     stopped = "epochs"
 
@@ -285,12 +285,12 @@ def _engine(
     train = loop.data.train
     size = min(batch_size, len(train))
     draws = getattr(objective, "num_particles", 1)
-    numbers = acceleration.numbers_of_step(loop.vae, loop.data.x_shape, size, draws)
-    chosen, why = acceleration.choose(name, loop.device, steps, numbers)
+    numbers = engines.numbers_of_step(loop.vae, loop.data.x_shape, size, draws)
+    chosen, why = engines.choose(name, loop.device, steps, numbers)
     if chosen == "svi":
         return svi, f"svi: {why}"
     # A resumed run draws as it did before, whatever memory is free now: two streams differ.
-    by_index = acceleration.fits(train, loop.device) if by_index is None else by_index
+    by_index = engines.fits(train, loop.device) if by_index is None else by_index
     compiled = CompiledSVI(
         model,
         guide,

@@ -15,14 +15,17 @@ from test_grid import GRID, is_valid, settings
 from tiny import tiny_config, tiny_data, tiny_hierarchy, tiny_vae, traced_svi
 from torch import nn
 
-from pyrovae import acceleration, objectives
+from pyrovae import compiled_terms, compiling, engines, objectives
 from pyrovae import config as cfg
-from pyrovae.acceleration import CompiledSVI, CompiledTerms, choose, networks_in
+from pyrovae.acceleration import CompiledSVI
+from pyrovae.compiled_terms import CompiledTerms
+from pyrovae.engines import choose
 from pyrovae.errors import InputError, NonFiniteLossError
 from pyrovae.evaluation import evaluate
 from pyrovae.importance import chunks
 from pyrovae.objectives import KLWeight
 from pyrovae.optimizers import WholeModelOptimizer
+from pyrovae.precision import networks_in
 from pyrovae.proposals import Proposal
 from pyrovae.tracing import Draws, NotTraceableError, Traced
 from pyrovae.training import fit
@@ -237,7 +240,7 @@ def test_dequantised_batches_agree_too():
             "compiled",
             marks=[
                 pytest.mark.slow,
-                pytest.mark.skipif(not acceleration.has_compiler(), reason="needs a compiler"),
+                pytest.mark.skipif(not compiling.has_compiler(), reason="needs a compiler"),
             ],
         ),
     ],
@@ -246,7 +249,7 @@ def test_parameters_of_a_hierarchy_agree_after_20_steps(mode):
     assert_agree(*both_ways(mode, "elbo", {"clip_norm": 5.0}, make=tiny_hierarchy))
 
 
-@pytest.mark.skipif(not acceleration.has_compiler(), reason="needs a C++ compiler")
+@pytest.mark.skipif(not compiling.has_compiler(), reason="needs a C++ compiler")
 def test_the_compiled_step_agrees_and_is_compiled_once(monkeypatch):
     made = []
     once = torch._inductor.compile
@@ -406,7 +409,7 @@ def test_a_compiler_that_fails_is_refused_and_changes_nothing(monkeypatch):
     vae, data = tiny_vae()
     with pytest.raises(NotTraceableError, match="compilation failed: no such header"):
         fit(vae, data, epochs=1, engine="compiled", progress=False)
-    monkeypatch.setattr(acceleration, "choose", lambda *args: ("compiled", "for this test"))
+    monkeypatch.setattr(engines, "choose", lambda *args: ("compiled", "for this test"))
     lines = []
     fit(vae, data, epochs=1, say=lines.append, progress=False)
     assert lines == ["svi: the compilation failed: no such header"]
@@ -563,7 +566,7 @@ def test_resuming_takes_up_the_engine_of_the_run(tmp_path):
 
 def test_auto_repays_the_compilation():
     cpu = torch.device("cpu")
-    wanted = "compiled" if acceleration.has_compiler() else "svi"
+    wanted = "compiled" if compiling.has_compiler() else "svi"
     # 784-200-200-50 at batch 128, and conv64 with a mixture, whose steps take fifty times as long.
     small, large = 626_000, 18_300_000
     assert choose("auto", cpu, 1_000, small)[0] == "svi"
@@ -580,7 +583,7 @@ def test_auto_counts_what_a_step_passes_over(monkeypatch):
         seen.append((engine, steps, numbers))
         return "svi", "for this test"
 
-    monkeypatch.setattr(acceleration, "choose", choose)
+    monkeypatch.setattr(engines, "choose", choose)
     vae, data = tiny_vae(likelihood="discretized-logistic", binarize="none")
     weights = sum(p.numel() for p in vae.parameters())
     three = {"objective": objectives.elbo(3), "progress": False}
@@ -590,7 +593,7 @@ def test_auto_counts_what_a_step_passes_over(monkeypatch):
 
 
 def test_auto_needs_a_compiler(monkeypatch):
-    monkeypatch.setattr(acceleration.shutil, "which", lambda name: None)
+    monkeypatch.setattr(compiling.shutil, "which", lambda name: None)
     cpu = torch.device("cpu")
     engine, why = choose("auto", cpu, 100_000, 10**6)
     assert engine == "svi" and "compiler" in why
@@ -607,13 +610,13 @@ def test_unknown_engines_are_refused():
 
 
 def test_auto_falls_back_on_svi_with_the_reason(monkeypatch):
-    monkeypatch.setattr(acceleration, "REPAID_AFTER", 1)
+    monkeypatch.setattr(engines, "REPAID_AFTER", 1)
     vae, data = tiny_vae()
     inner = vae.decoder.forward
     vae.decoder.forward = lambda z: inner(z) if z.sum() < 1e9 else inner(-z)
     lines = []
     fit(vae, data, epochs=1, say=lines.append, progress=False)
-    if acceleration.has_compiler():
+    if compiling.has_compiler():
         assert lines[0].startswith("svi: the programs ask for a tensor's value")
     with pytest.raises(NotTraceableError, match="tensor's value"):
         fit(vae, data, epochs=1, engine="traced", progress=False)
@@ -756,7 +759,7 @@ def test_compiled_terms_are_those_of_the_programs(kind, compiled):
             assert torch.allclose(a.latents[site], z, rtol=1e-4, atol=1e-4), site
 
 
-@pytest.mark.skipif(not acceleration.has_compiler(), reason="needs a C++ compiler")
+@pytest.mark.skipif(not compiling.has_compiler(), reason="needs a C++ compiler")
 def test_a_compiled_evaluation_gives_the_same_numbers():
     vae, data = tiny_vae()
     a = evaluate(vae, data.test, 100, engine="eager")
@@ -765,7 +768,7 @@ def test_a_compiled_evaluation_gives_the_same_numbers():
         assert getattr(a, name) == pytest.approx(getattr(b, name), rel=1e-5), name
 
 
-@pytest.mark.skipif(not acceleration.has_compiler(), reason="needs a C++ compiler")
+@pytest.mark.skipif(not compiling.has_compiler(), reason="needs a C++ compiler")
 def test_images_of_any_layout_are_served_by_the_compiled_terms():
     vae, data = tiny_vae()
     every_second = data.test.tensor()[:8].repeat_interleave(2, 0)[::2]
@@ -780,22 +783,22 @@ def test_an_evaluation_compiles_where_that_is_repaid(monkeypatch):
     vae, data = tiny_vae()
     x = data.test.tensor()
     made = []
-    monkeypatch.setattr(acceleration, "CompiledTerms", lambda *args: made.append(args) or None)
-    few, many = acceleration.REPAID_AFTER_CHUNKS - 1, acceleration.REPAID_AFTER_CHUNKS
+    monkeypatch.setattr(compiled_terms, "CompiledTerms", lambda *args: made.append(args) or None)
+    few, many = compiled_terms.REPAID_AFTER_CHUNKS - 1, compiled_terms.REPAID_AFTER_CHUNKS
     for engine, chunks_, expected in (("auto", few, 0), ("auto", many, 1), ("eager", many, 1)):
-        acceleration.terms_kernel(engine, vae, x, 64, chunks_)
-        assert len(made) == expected * acceleration.has_compiler()
-    acceleration.terms_kernel("auto", vae, x, 64, many, Proposal("wide"))
-    assert len(made) == acceleration.has_compiler()
+        compiled_terms.terms_kernel(engine, vae, x, 64, chunks_)
+        assert len(made) == expected * compiling.has_compiler()
+    compiled_terms.terms_kernel("auto", vae, x, 64, many, Proposal("wide"))
+    assert len(made) == compiling.has_compiler()
 
 
 def test_an_evaluation_refuses_what_it_cannot_compile():
     vae, data = tiny_vae()
     x = data.test.tensor()
     with pytest.raises(InputError, match="--engine expects one of auto, eager, compiled"):
-        acceleration.terms_kernel("svi", vae, x, 64, 1)
+        compiled_terms.terms_kernel("svi", vae, x, 64, 1)
     with pytest.raises(InputError, match="leave --proposal out"):
-        acceleration.terms_kernel("compiled", vae, x, 64, 1, Proposal("wide"))
+        compiled_terms.terms_kernel("compiled", vae, x, 64, 1, Proposal("wide"))
 
 
 def test_a_decoder_that_remembers_is_not_compiled(monkeypatch):
@@ -877,7 +880,7 @@ def test_a_program_that_assigns_a_tensor_is_left_to_svi(monkeypatch):
         return inner(z)
 
     vae.decoder.forward = counted
-    monkeypatch.setattr(acceleration, "choose", lambda *args: ("traced", "for this test"))
+    monkeypatch.setattr(engines, "choose", lambda *args: ("traced", "for this test"))
     said = []
     history = fit(vae, data, epochs=2, engine="auto", progress=False, say=said.append)
     assert len(history.metrics) == 2
@@ -890,7 +893,7 @@ def test_a_resumed_run_draws_its_batches_as_before_whatever_fits_now(tmp_path, m
     fit(whole, data, epochs=4, run=tmp_path / "whole", **options)
     parts, _ = tiny_vae()
     fit(parts, data, epochs=2, run=tmp_path / "parts", **options)
-    monkeypatch.setattr(acceleration, "fits", lambda *_: False)
+    monkeypatch.setattr(engines, "fits", lambda *_: False)
     again, _ = tiny_vae()
     fit(again, data, epochs=4, run=tmp_path / "parts", resume=True, **options)
     for (name, p), q in zip(whole.named_parameters(), again.parameters(), strict=True):
@@ -926,7 +929,7 @@ def test_a_capture_that_fails_leaves_everything_as_it_was(monkeypatch):
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Broken)
     monkeypatch.setattr(torch.cuda, "graph", Broken)
     monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
-    monkeypatch.setattr(acceleration, "compiled", lambda graph, _: graph)
+    monkeypatch.setattr(compiling, "compiled", lambda graph, _: graph)
     for precision, expected in (("fp32", ("highest", False)), ("tf32", ("high", True))):
         vae, data = tiny_vae()
         optim = WholeModelOptimizer(vae.named_parameters(), "shampoo")
@@ -957,8 +960,8 @@ def test_a_ragged_batch_that_cannot_be_captured_goes_on_traced(monkeypatch):
             raise RuntimeError("out of memory")
         return function
 
-    monkeypatch.setattr(acceleration, "captured", captured)
-    monkeypatch.setattr(acceleration, "compiled", lambda graph, _: graph)
+    monkeypatch.setattr(compiling, "captured", captured)
+    monkeypatch.setattr(compiling, "compiled", lambda graph, _: graph)
     batches = [torch.arange(8), torch.arange(8, 16), torch.arange(16, 21), torch.arange(8)]
     ends = []
     for mode in ("cuda-graph", "traced"):

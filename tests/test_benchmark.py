@@ -206,6 +206,7 @@ def test_smoke(tmp_path: Path) -> None:
     for letter in "ab":
         assert torch_ways | {"stock Pyro SVI", "pyrovae, svi"} <= ran[letter]
         assert "pyrovae, compiled" in ran[letter]
+    assert "pyrovae, compiled, bf16" in ran["a"]
     assert {"torch loop, 64 x 100", "pyrovae, evaluate"} <= ran["c"]
     assert all(row.get("agrees", True) for row in parts["c"]["tables"][0]["rows"])
     assert ran["d"] == {"100", "1,000"}

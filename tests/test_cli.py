@@ -20,15 +20,17 @@ from shell import GREY, PICTURES, RECORDS, TINY, Done, drawn, greys, names, ok, 
 
 import pyrovae
 from pyrovae import (
-    acceleration,
     annealing,
+    compiled_terms,
     data,
+    engines,
     hierarchical,
     likelihoods,
     networks,
     objectives,
     optimizers,
     posteriors,
+    precision,
     presets,
     priors,
     proposals,
@@ -433,9 +435,9 @@ REGISTRIES: dict[str, Any] = {
     "proposal": proposals.KINDS,
     "start": annealing.STARTS,
     "step_sizes": annealing.STEP_SIZES,
-    "engine": acceleration.ENGINES,
-    "evaluator": acceleration.EVALUATORS,
-    "precision": acceleration.PRECISIONS,
+    "engine": engines.ENGINES,
+    "evaluator": compiled_terms.EVALUATORS,
+    "precision": precision.PRECISIONS,
 }
 
 

@@ -16,8 +16,8 @@ from shell import GREY, TINY, drawn, names, ok, shell
 import pyrovae as pv
 from pyrovae import annealing, comparison, scoring
 from pyrovae import config as cfg
-from pyrovae.acceleration import has_compiler
 from pyrovae.comparison import run_split
+from pyrovae.compiling import has_compiler
 from pyrovae.parser import COMMANDS
 from pyrovae.proposals import Proposal
 from pyrovae.runs import Run

@@ -13,7 +13,7 @@ import pytest
 import torch
 from tiny import tiny_config, tiny_data, tiny_vae, traced_svi
 
-from pyrovae import acceleration, processes
+from pyrovae import compiling, processes
 from pyrovae import config as cfg
 from pyrovae.errors import InputError
 from pyrovae.evaluation import evaluate
@@ -102,7 +102,7 @@ def test_a_summed_step_is_the_step_of_the_whole_batch():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not acceleration.has_compiler(), reason="needs a C++ compiler")
+@pytest.mark.skipif(not compiling.has_compiler(), reason="needs a C++ compiler")
 def test_a_process_compiles_for_its_share_of_the_indices():
     """Every second index is no contiguous tensor, and what is compiled wants a fixed layout."""
     config = tiny_config()
@@ -186,7 +186,7 @@ def test_resuming_several_processes_is_exact(trained):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not acceleration.has_compiler(), reason="needs a C++ compiler")
+@pytest.mark.skipif(not compiling.has_compiler(), reason="needs a C++ compiler")
 def test_two_processes_compiled_learn_as_one_does(trained):
     folder, _ = trained
     command = [*TRAIN, "--epochs", 12, "--engine", "compiled", "--out", folder / "compiled"]
@@ -224,7 +224,7 @@ sys.exit(status)
 @pytest.mark.parametrize("engine", ["svi", "compiled"])
 def test_a_process_that_has_left_holds_no_threads(tmp_path, engine):
     """Threads that still held a tensor while Python ended aborted a job now and then."""
-    if engine == "compiled" and not acceleration.has_compiler():
+    if engine == "compiled" and not compiling.has_compiler():
         pytest.skip("needs a C++ compiler")
     script = tmp_path / "leaves.py"
     script.write_text(LEAVES)

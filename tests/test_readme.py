@@ -2,6 +2,8 @@
 
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,6 +60,17 @@ def test_python_runs(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {"__name__": "readme"}
     exec(compile("\n" * (block.line - 1) + block.text, "README.md", "exec"), names)
+
+
+def test_names_in_the_text_are_there_at_once() -> None:
+    """In a process of its own: modules that other tests have imported are attributes here."""
+    found = sorted(set(re.findall(r"\bpv(?:\.\w+)+", README)))
+    assert "pv.acceleration.CompiledSVI" in found
+    lines = ["import pyrovae as pv", *found]
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("argv", commands(), ids=" ".join)

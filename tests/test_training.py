@@ -11,7 +11,7 @@ from tiny import tiny_config, tiny_data, tiny_vae
 from torch import nn
 
 import pyrovae as pv
-from pyrovae import acceleration, objectives
+from pyrovae import compiling, objectives
 from pyrovae import config as cfg
 from pyrovae.errors import InputError, NonFiniteLossError
 from pyrovae.loop import Loop, State, copy_weights, first_bad_site
@@ -248,7 +248,7 @@ def test_a_compiled_run_goes_on_without_a_compiler(tmp_path, monkeypatch):
     saved = load_checkpoint(last)
     saved["engine"]["mode"] = "cuda-graph"
     save_checkpoint(last, saved)
-    monkeypatch.setattr(acceleration, "has_compiler", lambda: False)
+    monkeypatch.setattr(compiling, "has_compiler", lambda: False)
     assert len(fit(vae, data, epochs=2, run=tmp_path, resume=True).metrics) == 2
 
 

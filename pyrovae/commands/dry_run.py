@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from pyrovae import acceleration, data, objectives, processes
 from pyrovae import config as cfg
+from pyrovae import data, engines, objectives, processes
 from pyrovae.commands.info import count
 from pyrovae.commands.output import show
 from pyrovae.importance import log_terms
@@ -45,10 +45,10 @@ def dry_run(
     if config.schedule == "cosine":  # which is planned for all epochs, where one is taken here
         fit_settings = fit_settings | {"schedule_epochs": config.schedule_epochs or config.epochs}
     steps = -(-len(dataset.train) // config.batch_size)
-    numbers = acceleration.numbers_of_step(
+    numbers = engines.numbers_of_step(
         vae, dataset.x_shape, min(config.batch_size, len(dataset.train)), config.num_particles
     )
-    engine, why = acceleration.choose(config.engine, device, config.epochs * steps, numbers)
+    engine, why = engines.choose(config.engine, device, config.epochs * steps, numbers)
     if begun_by is not None and config.engine == "auto":
         engine, why = begun_by, "as the run began"
     timed = engine if config.engine != "auto" else "svi"  # whose time does not hang on compilation

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import torch
 
 from pyrovae import (
-    acceleration,
     comparison,
     data,
+    engines,
     objectives,
     plots,
     processes,
@@ -230,7 +230,7 @@ def _resumed(
             f"--epochs is the total, and the run has {done} already; got {config.epochs}; give "
             f"{done} or more"
         )
-    engine, _ = acceleration.mode_of(checkpoint)
+    engine, _ = engines.mode_of(checkpoint)
     return run, config, _Begun(done, engine)
 
 

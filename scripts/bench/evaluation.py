@@ -11,7 +11,7 @@ import torch
 from bench import cases, floors
 from bench.measure import Effort, Table, build, faster, interleave, say, spread
 from bench.peers import pythae_nll, torch_loop, torch_losses, torch_step
-from pyrovae import acceleration, importance
+from pyrovae import compiled_terms, importance
 from pyrovae.evaluation import evaluate
 
 PYTHAE, LOOP, OURS = "pythae, get_nll", "torch loop, 64 x 100", "pyrovae, evaluate"
@@ -23,7 +23,9 @@ ROWS = torch_loop.IMAGES * torch_loop.PARTICLES
 def ours(vae: Any, split: Any, x: torch.Tensor, num_particles: int) -> Callable[[], float]:
     """`evaluate` with its chunks compiled beforehand, as 10,000 images would have them."""
     plan = importance.plan(vae.model, vae.guide, x[:1], num_particles)
-    kernel = acceleration.CompiledTerms(vae.model, vae.guide, vae, x[: plan.images], plan.particles)
+    kernel = compiled_terms.CompiledTerms(
+        vae.model, vae.guide, vae, x[: plan.images], plan.particles
+    )
     options: dict[str, Any] = {"information_images": 0, "engine": kernel}
     return lambda: evaluate(vae, split, num_particles, **options).log_likelihood
 

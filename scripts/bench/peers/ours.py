@@ -20,7 +20,7 @@ from pyrovae.vae import VAE
 class Engine:
     """One engine: "svi" draws a batch and hands it over, the others are given its indices."""
 
-    def __init__(self, name: str, start: VAE, split: Split, batch: int):
+    def __init__(self, name: str, start: VAE, split: Split, batch: int, precision: str = "fp32"):
         if name == "cuda-graph" and cases.device().type != "cuda":
             raise MissingError("not measured: it needs a GPU")
         self.vae = copy.deepcopy(start).to(cases.device())
@@ -34,7 +34,9 @@ class Engine:
         if name == "svi":
             self.svi = SVI(*arguments)
             return
-        self.compiled = CompiledSVI(*arguments, module=self.vae, split=self.split, mode=name)
+        self.compiled = CompiledSVI(
+            *arguments, module=self.vae, split=self.split, mode=name, precision=precision
+        )
         with pyro.get_param_store().scope(), pyro.validation_enabled(False):
             try:
                 self.compiled.prepare(self.batches.index())

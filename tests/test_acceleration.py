@@ -15,7 +15,7 @@ from test_grid import GRID, is_valid, settings
 from tiny import tiny_config, tiny_data, tiny_hierarchy, tiny_vae, traced_svi
 from torch import nn
 
-from pyrovae import compiled_terms, compiling, engines, objectives
+from pyrovae import compiled_terms, compiling, engines, objectives, tracing
 from pyrovae import config as cfg
 from pyrovae.acceleration import CompiledSVI
 from pyrovae.compiled_terms import CompiledTerms
@@ -777,6 +777,32 @@ def test_images_of_any_layout_are_served_by_the_compiled_terms():
     (ours,) = chunks(vae.model, vae.guide, every_second, 7, kernel=kernel, chunk=7, seed=3)
     (theirs,) = chunks(vae.model, vae.guide, data.test.tensor()[:8], 7, chunk=7, seed=3)
     assert torch.allclose(ours.log_likelihood, theirs.log_likelihood, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.skipif(not compiling.has_compiler(), reason="needs a C++ compiler")
+def test_images_stay_planar_on_a_cpu(monkeypatch):
+    """Inductor would put three channels innermost, of a vector's sixteen lanes."""
+    asked = []
+    inductor = torch._inductor.compile
+
+    def spy(graph, example, options):
+        asked.append(options)
+        return inductor(graph, example, options=options)
+
+    monkeypatch.setattr(torch._inductor, "compile", spy)
+    layer = nn.Conv2d(3, 4, 3, padding=1)
+    x = torch.rand(2, 3, 8, 8)
+
+    def slope(weight, x):
+        y = torch.nn.functional.conv2d(x, weight, padding=1)
+        return torch.ops.aten.threshold_backward(y, y, 0.5)
+
+    weight = layer.weight.detach()
+    run = compiling.compiled(tracing.trace(slope, weight, x), [weight, x])
+    assert asked == [{"layout_optimization": False}]
+    ours = run(weight, x)
+    assert ours.is_contiguous()
+    assert torch.allclose(ours, slope(weight, x), atol=1e-5)
 
 
 def test_an_evaluation_compiles_where_that_is_repaid(monkeypatch):

@@ -264,6 +264,7 @@ def test_every_objective_moves_every_parameter(choice, objective):
     [
         ("gated-mlp", (1, 4, 4)),
         ("conv28", (1, 28, 28)),
+        ("conv64", (3, 64, 64)),
         ("residual", (3, 8, 8)),
         ("gated-conv", (1, 8, 8)),
     ],
@@ -271,7 +272,8 @@ def test_every_objective_moves_every_parameter(choice, objective):
 def test_networks(structure, network, shape):
     layers = Layers(latents=(5, 4, 3), structure=structure, upper_hidden=(7, 6))
     likelihood = likelihoods.Gaussian(shape, scale="per-pixel")
-    vae = stack(layers, likelihood, priors.StandardNormal(3), network, hidden=(8,) * 2)
+    hidden = (8,) * (4 if network == "conv64" else 2)
+    vae = stack(layers, likelihood, priors.StandardNormal(3), network, hidden=hidden)
     assert vae.latents == (5, 4, 3)
     assert vae.latent_dim == 12
     assert vae.x_shape == shape

@@ -65,7 +65,9 @@ def captured(
         torch.cuda.current_stream(device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         # On the stream given: torch's own would belong to the current device, not to this one.
-        with torch.cuda.device(device), torch.cuda.graph(graph, stream=stream):
+        # Torch leaves the stream current where capturing fails; the outer one puts ours back.
+        current = torch.cuda.stream(torch.cuda.current_stream(device))
+        with torch.cuda.device(device), current, torch.cuda.graph(graph, stream=stream):
             output = function(*static)
     finally:  # also where it fails, for another engine may go on from here
         for t, old in zip(state, kept, strict=True):

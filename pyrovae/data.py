@@ -181,10 +181,14 @@ class Split:
     def noise(self, n: int, generator: torch.Generator) -> Tensor | None:
         """Random integers that ``sampled`` turns ``n`` images into x with; None for a fixed split.
 
-        Cheaper than uniform numbers: each 64-bit draw is cut into four of 16 bits.
+        Cheaper than uniform numbers: each 64-bit draw is cut into four of 16 bits. (A GPU counts
+        kernels rather than bits: there they are drawn as they are wanted, in one.)
         """
         if self.sampling == "fixed":
             return None
+        if generator.device.type == "cuda":
+            bits = torch.empty((n, *self.x_shape), dtype=torch.int32, device=generator.device)
+            return bits.random_(-(2**15), 2**15, generator=generator)
         numbers = n * self.raw[0].numel()
         words = torch.empty(-(-numbers // 4), dtype=torch.int64, device=generator.device)
         words.random_(-(2**63), None, generator=generator)

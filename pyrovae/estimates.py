@@ -12,8 +12,8 @@ from pyrovae.diagnostics import psis
 from pyrovae.importance import GUIDE, LogTerms, log_mean_exp
 from pyrovae.proposals import PARTICLE_BLOCK, Proposal
 
-# Log-weights whose diagnostics are computed together: 2 MB for each copy of them.
-_NUMBERS_AT_ONCE = 250_000
+# Log-weights whose diagnostics are computed together: 2 MB for each copy of them on a CPU.
+_NUMBERS_AT_ONCE = {"cpu": 250_000, "cuda": 25_000_000}
 
 
 class PerImage(NamedTuple):
@@ -85,10 +85,10 @@ def estimate(
         kernel=kernel,
     )
     importance.check_particles(num_particles)
-    of_guide = _GuideSums(importance.latent_mean(guide, x))
+    of_guide = _GuideSums(importance.latent_mean(guide, x), x.device)
     # One block for all: small tensors kept from every chunk would keep the allocator from giving
     # the large ones between them back.
-    log_w = torch.empty(num_particles, len(x), dtype=x.dtype)
+    log_w = torch.empty(num_particles, len(x), dtype=x.dtype, device=x.device)
     done = 0
     for terms in draws(num_particles, proposal=proposal):
         chunk_w = terms.log_weights
@@ -100,11 +100,12 @@ def estimate(
         for terms in draws(min(num_particles, PARTICLE_BLOCK)):
             of_guide.add(terms)
     # Diagnostics make a dozen copies of the weights; of a few images at a time, whatever K is.
-    few = log_w.split(max(1, _NUMBERS_AT_ONCE // num_particles), 1)
+    at_once = _NUMBERS_AT_ONCE.get(x.device.type, _NUMBERS_AT_ONCE["cpu"])
+    few = log_w.split(max(1, at_once // num_particles), 1)
     columns = zip(*(_of_weights(part.double()) for part in few), strict=True)
     log_likelihood, k, ess, error, smoothed, curve = (torch.cat(column) for column in columns)
     mean, mean_error = of_guide.posterior_mean()
-    return PerImage(
+    found = PerImage(
         log_likelihood=log_likelihood,
         elbo=of_guide.elbo / of_guide.count,
         rate=of_guide.rate / of_guide.count,
@@ -118,6 +119,8 @@ def estimate(
         posterior_mean=mean,
         posterior_mean_error=mean_error,
     )
+    # Only here does anybody wait for the device, once a batch.
+    return PerImage(*(values.cpu() for values in found))
 
 
 def _of_weights(log_w: Tensor) -> tuple[Tensor, ...]:
@@ -136,11 +139,11 @@ def _of_weights(log_w: Tensor) -> tuple[Tensor, ...]:
 class _GuideSums:
     """Sums over the draws of a guide, (B,), float64."""
 
-    def __init__(self, exact_mean: Tensor | None):
+    def __init__(self, exact_mean: Tensor | None, device: torch.device):
         self.exact_mean = exact_mean
         self.count = 0
-        self.elbo = self.rate = self.distortion = torch.zeros((), dtype=torch.float64)
-        self.z = self.z_squared = torch.zeros((), dtype=torch.float64)
+        nothing = torch.zeros((), dtype=torch.float64, device=device)
+        self.elbo = self.rate = self.distortion = self.z = self.z_squared = nothing
 
     def add(self, terms: LogTerms) -> None:
         """Add the draws of one chunk."""
@@ -157,7 +160,7 @@ class _GuideSums:
     def posterior_mean(self) -> tuple[Tensor, Tensor]:
         """E_q[z | x] and the variance of its error, each (B, D)."""
         if self.exact_mean is not None:
-            exact = self.exact_mean.double().cpu()
+            exact = self.exact_mean.double()
             return exact, torch.zeros_like(exact)
         mean = self.z / self.count
         if self.count == 1:
@@ -167,7 +170,7 @@ class _GuideSums:
 
 
 def _sum(values: Tensor) -> Tensor:
-    return values.sum(0, dtype=torch.float64).cpu()
+    return values.sum(0, dtype=torch.float64)
 
 
 def delta_error(log_weights: Tensor) -> Tensor:

@@ -206,9 +206,9 @@ def evaluate(
     """Estimate log p(x) for every image of a split by importance sampling with the guide.
 
     ``log p(x) ~ log (1/K) sum_k p(x, z_k) / q(z_k | x)``, z_k ~ q(z | x), q being the guide or
-    the proposal made of it. The answer is a function of (weights, data, K, seed, proposal): how
-    images and particles are cut into chunks moves it by rounding alone. No handler around the
-    programs, such as a KL weight, can enter.
+    the proposal made of it. On one kind of device the answer is a function of (weights, data, K,
+    seed, proposal): how images and particles are cut into chunks moves it by rounding alone. No
+    handler around the programs, such as a KL weight, can enter.
 
     Args:
         vae: a `pyrovae.VAE`, or any other `importance.Programs`.

@@ -76,7 +76,13 @@ class Loop:
             if self.state.step_in_epoch:
                 self.generator.set_state(self._resumed_stream)
             self._resumed_stream = None
+        if self._by_index():
+            order = order.to(self.device)  # once: each batch would wait for the device
         yield from order.split(batch_size)[self.state.step_in_epoch :]
+
+    def _by_index(self) -> bool:
+        """Whether the engine has the data, and is told which of them a batch is made of."""
+        return isinstance(self.engine, CompiledSVI) and self.engine.split is not None
 
     def draw(self, index: Tensor) -> Tensor:
         """The x of a batch, sampled anew, on the device: (n, *x_shape)."""
@@ -125,7 +131,7 @@ class Loop:
         return loss
 
     def _compiled_step(self, engine: CompiledSVI, index: Tensor, images: int) -> None:
-        batch = index.to(self.device) if engine.split is not None else self.draw(index)
+        batch = index if engine.split is not None else self.draw(index)
         engine.step(batch, images)
         if self.state.step % _CHECKED_EVERY == _CHECKED_EVERY - 1:
             self.wait()

@@ -129,8 +129,9 @@ class KLWeight(Messenger):
 
     def set(self, value: float) -> None:
         """Change the weight in place."""
-        self.number = float(value)
-        self.value.fill_(value)
+        if float(value) != self.number:  # filling it is a kernel of its own on a GPU
+            self.number = float(value)
+            self.value.fill_(value)
 
     def to(self, device: torch.device) -> "KLWeight":
         """Move the weight to the device of the programs."""

@@ -45,6 +45,30 @@ def race(**others: Learner) -> measure.Table:
     )
 
 
+class Broken(Learner):
+    """A contestant that breaks at its second turn, as one whose compilation fails may."""
+
+    def run(self, steps: int) -> float:
+        if self.loss < 100.0:
+            raise RuntimeError("no kernel\nfor this")
+        return super().run(steps)
+
+
+def test_who_breaks_is_named_and_takes_nobody_along() -> None:
+    table = race(broken=Broken())
+    rows = {row["name"]: row for row in table["rows"]}
+    assert rows["broken"]["missing"] == "failed: RuntimeError: no kernel for this"
+    assert rows["ours"]["agrees"] and rows["ours"]["ms"]["median"] > 0
+    assert tables.faults({"a": {"tables": [table]}}) == ["part a, a race: broken"]
+
+    def cannot() -> Learner:
+        raise ValueError("no such device")
+
+    built, missing = measure.build({"stock": Learner, "cannot": cannot})
+    assert list(built) == ["stock"]
+    assert missing == {"cannot": "failed: ValueError: no such device"}
+
+
 def test_quartiles() -> None:
     assert measure.spread([3.0]) == Spread(3.0, 3.0, 3.0)
     assert measure.spread([1.0, 2.0, 3.0, 4.0, 5.0]) == Spread(2.0, 3.0, 4.0)

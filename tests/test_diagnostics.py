@@ -1,11 +1,13 @@
-"""Pareto k and effective sample sizes: ArviZ's own, on whichever of its lines is installed."""
+"""Pareto k and effective sample sizes: ArviZ's, for many images at once."""
 
 import math
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
 import torch
 
+from pyrovae import diagnostics
 from pyrovae.diagnostics import psis
 
 
@@ -34,22 +36,60 @@ def test_a_bounded_ratio_has_no_heavy_tail_and_a_narrow_proposal_has():
         assert bool((k < 0.5).all()) != heavy
 
 
-def test_equal_to_arviz():
-    w = torch.randn(500, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 2
-    ours = psis(w)
+def by_arviz(w):
+    """Normalised smoothed log-weights (K, B) and k (B,), by whichever line is installed."""
+    columns = w.T.numpy().copy()
     try:
         from arviz_stats.base import array_stats
     except ImportError:
         import arviz
 
-        lw, k = arviz.psislw(w.T.numpy().copy())
+        lw, k = arviz.psislw(columns)
     else:  # takes log-likelihoods: the sign is the trap
-        lw, k = array_stats.psislw(-w.T.numpy())
-        lw = lw - np.log(np.exp(lw).sum(-1, keepdims=True))
-        wrong = array_stats.psislw(w.T.numpy())[1]
-        assert np.abs(ours.pareto_k.numpy() - wrong).max() > 0.05
-    np.testing.assert_allclose(ours.pareto_k.numpy(), k, rtol=1e-12)
-    np.testing.assert_allclose(ours.log_weights.T.numpy(), lw, rtol=1e-9, atol=1e-9)
+        lw, k = array_stats.psislw(-columns)
+    lw = torch.from_numpy(np.asarray(lw)).T
+    return torch.log_softmax(lw, 0), torch.from_numpy(np.asarray(k))
+
+
+# Sizes at which the tails of ArviZ's two lines are of one length.
+@pytest.mark.parametrize("size", [30, 100, 900, 10_000])
+@pytest.mark.parametrize("spread", [0.01, 2.0, 30.0])
+def test_equal_to_arviz(size, spread):
+    generator = torch.Generator().manual_seed(size)
+    w = spread * torch.randn(size, 4, generator=generator, dtype=torch.float64) - 500
+    ours, (lw, k) = psis(w), by_arviz(w)
+    torch.testing.assert_close(ours.pareto_k, k, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(ours.log_weights, lw, rtol=1e-9, atol=1e-9)
+    wrong = by_arviz(-w)[1]
+    assert (ours.pareto_k - wrong).abs().max() > 1e-3
+
+
+def test_many_images_are_fitted_as_one_by_one(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    w = 3 * torch.randn(200, 30, generator=generator, dtype=torch.float64)
+    w[:, 3] = -1.0  # no tail at all
+    w[:, 7] *= 1000  # fewer in the tail
+    w[:5, 11] = w[:, 11].max() + 800.0  # a tail of five, and of three
+    w[:3, 13] = w[:, 13].max() + 800.0
+    one_by_one = [psis(w[:, [i]]) for i in range(30)]
+    monkeypatch.setitem(diagnostics._AT_ONCE, "cpu", 2000)  # of one, two or more images
+    together = psis(w)
+    for i, alone in enumerate(one_by_one):
+        torch.testing.assert_close(together.pareto_k[[i]], alone.pareto_k, equal_nan=True)
+        torch.testing.assert_close(together.log_weights[:, [i]], alone.log_weights)
+    special = together.pareto_k[[3, 11, 13]]
+    assert special.isnan().tolist() == [True, False, False]
+    assert special.isinf().tolist() == [False, False, True]
+    assert math.isfinite(together.ess[13])
+
+
+@pytest.mark.skipif(find_spec("arviz_stats") is not None, reason="ArviZ 1 counts them in")
+def test_weights_that_equal_the_cutoff_are_none_of_the_tail():
+    generator = torch.Generator().manual_seed(3)
+    w = (8 * torch.randn(900, 6, generator=generator, dtype=torch.float64)).round() / 4
+    ordered = w.sort(0, descending=True).values
+    assert ((ordered[89] == ordered[90]) | (ordered[88] == ordered[90])).any()
+    torch.testing.assert_close(psis(w).pareto_k, by_arviz(w)[1], rtol=1e-9, atol=1e-9)
 
 
 def test_the_sign_is_right():

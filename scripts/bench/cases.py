@@ -18,7 +18,7 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def digits(rows: int) -> data.Data:
+def digits(rows: int, test_size: int = 128) -> data.Data:
     """MNIST's shape without its download: scikit-learn's digits at 28×28, repeated up to ``rows``.
 
     Eight-bit grey levels (N, 784), binarised anew for each batch. What the pixels show does not
@@ -29,7 +29,7 @@ def digits(rows: int) -> data.Data:
     large = nn.functional.interpolate(x, size=(28, 28), mode="bilinear", align_corners=False)
     levels = (large * 255).round().to(torch.uint8).flatten(1)
     return data.from_array(
-        levels, name="digits-28", binarize="dynamic", valid_size=64, test_size=128
+        levels, name="digits-28", binarize="dynamic", valid_size=64, test_size=test_size
     )
 
 

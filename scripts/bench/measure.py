@@ -99,7 +99,15 @@ def build(makers: dict[str, Callable[[], Any]]) -> tuple[dict, dict]:
         except MissingError as reason:
             missing[name] = str(reason)
             say(f"  {name}: {reason}")
+        except Exception as error:  # one that breaks must not lose what the others measure
+            missing[name] = failure(error)
+            say(f"  {name}: {missing[name]}")
     return built, missing
+
+
+def failure(error: Exception) -> str:
+    """What broke, in one line; the script ends with status 1 for it."""
+    return f"failed: {type(error).__name__}: {' '.join(str(error).split())[:160]}"
 
 
 class Falls(NamedTuple):
@@ -150,10 +158,16 @@ def race(
     built, missing = build(makers)
     tail = max(1, check_steps // 4)
     losses = {}
-    for name, one in built.items():
-        first = one.run(1)
-        one.run(check_steps - 1 - tail)
-        losses[name] = Falls(first, one.run(tail))
+    for name, one in list(built.items()):
+        try:
+            first = one.run(1)
+            one.run(check_steps - 1 - tail)
+            losses[name] = Falls(first, one.run(tail))
+        except Exception as error:
+            missing[name] = failure(error)
+            del built[name]
+            say(f"  {name}: {missing[name]}")
+            continue
         say(f"  {name}: loss {first:.1f}, then {losses[name].last:.1f}")
     losses = check_losses(losses)
     floors = floors or {}
@@ -201,6 +215,8 @@ def limit_cores(threads: int) -> int:
     # Must be set before torch or jax is imported.
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ[name] = str(threads)
+    # Otherwise jax takes three quarters of a GPU's memory, which all share here.
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     return threads
 
 

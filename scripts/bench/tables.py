@@ -28,13 +28,13 @@ def merge(path: Path, device: str, parts: dict[str, Any]) -> dict[str, Any]:
 
 
 def faults(parts: dict[str, Any]) -> list[str]:
-    """Contestants whose loss or log p(x) is not as the others'."""
+    """Contestants that broke, or whose loss or log p(x) is not as the others'."""
     return [
         f"part {part}, {table['title']}: {row['name']}"
         for part, found in parts.items()
         for table in found["tables"]
         for row in table["rows"]
-        if row.get("agrees") is False
+        if row.get("agrees") is False or str(row.get("missing", "")).startswith("failed")
     ]
 
 

@@ -22,6 +22,8 @@ class Epoch:
             raise MissingError("not installed; pip install -e '.[bench]'") from None
         if cases.device().type == "cuda" and jax.default_backend() != "gpu":
             raise MissingError("its jax sees no GPU; pip install 'jax[cuda13]'")
+        if cases.device().type == "cuda":  # in float32, as everybody's; its default rounds
+            jax.config.update("jax_default_matmul_precision", "highest")
         self.jax = jax
         weights = [
             (jax.numpy.asarray(m.weight.detach().cpu().numpy().T), _array(jax, m.bias))

@@ -41,8 +41,9 @@ class CompiledSVI:
     many steps.
 
     Each batch size is traced once. The first is compiled; another one, such as the ragged last
-    batch of an epoch, replays its traced operations one by one. Before the first step, loss and
-    gradients of the graph are held against those of ``loss`` itself, on the same noise.
+    batch of an epoch, replays its traced operations one by one, or from a CUDA graph of its own.
+    Before the first step, loss and gradients of the graph are held against those of ``loss``
+    itself, on the same noise.
 
     Args:
         model: Pyro program with the observed sites.

@@ -27,7 +27,7 @@ _SMALLEST = math.log(torch.finfo(torch.float64).tiny)
 # The prior of the fit: its scale, in quartiles; and ten draws' worth of k = 1/2.
 _PRIOR_SCALE, _PRIOR_DRAWS, _PRIOR_K = 3, 10, 0.5
 # Numbers of a fit that are looked at together: 2 MB on a CPU, to stay in its caches.
-_AT_ONCE = {"cpu": 2**18, "cuda": 2**26}
+_AT_ONCE = {"cpu": 2**18, "cuda": 2**23}
 
 
 class Psis(NamedTuple):
@@ -48,8 +48,8 @@ def psis(log_weights: Tensor) -> Psis:
     distribution's quantiles, none above the largest raw weight. k < 0.7: the importance-weighted
     estimate can be trusted and its error bar means something; k > 0.7: so few draws carry the
     estimate that both are doubtful. k is not estimated (NaN) for K < 25, nor where all weights are
-    equal; it is infinite where fewer than five weights are more than 0 beside the largest. ess =
-    1 / sum_k v_k^2 for smoothed, normalised weights v.
+    equal; it is infinite where fewer than five lie above all others, which tie or vanish beside the
+    largest. ess = 1 / sum_k v_k^2 for smoothed, normalised weights v.
 
     Source: Vehtari et al., Pareto Smoothed Importance Sampling (2024),
     https://arxiv.org/abs/1507.02646; the fit: Zhang and Stephens, A New and Efficient Estimation
@@ -64,7 +64,10 @@ def psis(log_weights: Tensor) -> Psis:
     >>> psis(torch.zeros(100, 2)).ess.round()
     tensor([100., 100.], dtype=torch.float64)
     """
-    weights = log_weights.detach().double().T.contiguous()  # (B, K): rows are sorted
+    # A copy always, for it is written into; (B, K), for rows are sorted.
+    weights = log_weights.detach().T.to(
+        torch.float64, memory_format=torch.contiguous_format, copy=True
+    )
     k = torch.full(weights.shape[:1], torch.nan, dtype=torch.float64, device=weights.device)
     fits = (weights.amax(1) - weights.amin(1)) > _EQUAL
     if weights.shape[1] >= _SMALLEST_K and fits.any():
@@ -91,8 +94,10 @@ def _smoothed(log_weights: Tensor) -> tuple[Tensor, Tensor]:
         for rows in (lengths == length).nonzero()[:, 0].split(max(1, at_once // (grid * length))):
             floor = cutoff[rows].exp()
             ascending = top[rows, :length].flip(1).exp() - floor
-            k[rows], scale = _pareto(ascending, grid)
-            values = (_quantiles(length, k[rows], scale) + floor).log().clamp(max=0)
+            shape, scale = _pareto(ascending, grid)
+            # Where the fit overflows, next to nothing lies beside a few weights: not to be trusted.
+            k[rows] = shape.nan_to_num(nan=torch.inf, posinf=torch.inf)
+            values = (_quantiles(length, shape, scale) + floor).log().clamp(max=0)
             kept = torch.where(values.isfinite(), values, top[rows, :length].flip(1))
             x[rows.unsqueeze(1), places[rows, :length].flip(1)] = kept
     return k, x

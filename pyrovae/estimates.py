@@ -13,7 +13,7 @@ from pyrovae.importance import GUIDE, LogTerms, log_mean_exp
 from pyrovae.proposals import PARTICLE_BLOCK, Proposal
 
 # Log-weights whose diagnostics are computed together: 2 MB for each copy of them on a CPU.
-_NUMBERS_AT_ONCE = {"cpu": 250_000, "cuda": 25_000_000}
+_NUMBERS_AT_ONCE = {"cpu": 250_000, "cuda": 4_000_000}
 
 
 class PerImage(NamedTuple):
@@ -119,7 +119,7 @@ def estimate(
         posterior_mean=mean,
         posterior_mean_error=mean_error,
     )
-    # Only here does anybody wait for the device, once a batch.
+    # Copied to the CPU once a batch: chunks wait for nobody.
     return PerImage(*(values.cpu() for values in found))
 
 

@@ -44,9 +44,14 @@ def by_arviz(w):
     except ImportError:
         import arviz
 
-        lw, k = arviz.psislw(columns)
+        psislw = arviz.psislw
     else:  # takes log-likelihoods: the sign is the trap
-        lw, k = array_stats.psislw(-columns)
+
+        def psislw(log_weights):
+            return array_stats.psislw(-log_weights)
+
+    with np.errstate(all="ignore"):  # of weights that are 0, its logarithms complain
+        lw, k = psislw(columns)
     lw = torch.from_numpy(np.asarray(lw)).T
     return torch.log_softmax(lw, 0), torch.from_numpy(np.asarray(k))
 
@@ -54,14 +59,56 @@ def by_arviz(w):
 # Sizes at which the tails of ArviZ's two lines are of one length.
 @pytest.mark.parametrize("size", [30, 100, 900, 10_000])
 @pytest.mark.parametrize("spread", [0.01, 2.0, 30.0])
-def test_equal_to_arviz(size, spread):
+@pytest.mark.parametrize("impossible", [0, 7])
+def test_equal_to_arviz(size, spread, impossible):
     generator = torch.Generator().manual_seed(size)
     w = spread * torch.randn(size, 4, generator=generator, dtype=torch.float64) - 500
+    w[:impossible] = -math.inf
     ours, (lw, k) = psis(w), by_arviz(w)
     torch.testing.assert_close(ours.pareto_k, k, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(ours.log_weights, lw, rtol=1e-9, atol=1e-9)
-    wrong = by_arviz(-w)[1]
-    assert (ours.pareto_k - wrong).abs().max() > 1e-3
+    if not impossible:
+        wrong = by_arviz(-w)[1]
+        assert (ours.pareto_k - wrong).abs().max() > 1e-3
+
+
+@pytest.mark.skipif(find_spec("arviz_stats") is not None, reason="ArviZ 1 fits what vanishes")
+@pytest.mark.parametrize("spread", [300.0, 3000.0])
+def test_equal_to_arviz_where_most_weights_vanish(spread):
+    generator = torch.Generator().manual_seed(0)
+    w = spread * torch.randn(900, 40, generator=generator, dtype=torch.float64)
+    ours, (lw, k) = psis(w), by_arviz(w)
+    assert k.isfinite().any() if spread < 1000 else k.isinf().any()
+    torch.testing.assert_close(ours.pareto_k, k, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(ours.log_weights, lw, rtol=1e-9, atol=1e-9)
+
+
+def test_a_fit_that_overflows_is_not_trusted():
+    generator = torch.Generator().manual_seed(0)
+    w = -707 + 0.01 * torch.randn(500, 3, generator=generator, dtype=torch.float64)
+    w[0] = 0.0
+    ours = psis(w)
+    assert (ours.pareto_k > 0.7).all()
+    torch.testing.assert_close(ours.ess, torch.ones(3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("layout", ["one image", "images first", "particles first"])
+def test_the_weights_handed_in_stay_as_they_are(layout):
+    shape = (500, 1) if layout == "one image" else (500, 6)
+    w = 3 * torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    if layout == "images first":
+        w = w.T.contiguous().T
+    before = w.clone()
+    assert torch.isfinite(psis(w).pareto_k).all()
+    assert torch.equal(w, before)
+
+
+@pytest.mark.gpu
+def test_the_same_on_a_gpu():
+    w = 3 * torch.randn(5000, 40, generator=torch.Generator().manual_seed(0)).double()
+    here, there = psis(w), psis(w.cuda())
+    for ours, theirs in zip(here, there, strict=True):
+        torch.testing.assert_close(theirs.cpu(), ours, rtol=1e-9, atol=1e-9)
 
 
 def test_many_images_are_fitted_as_one_by_one(monkeypatch):

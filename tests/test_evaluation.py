@@ -85,6 +85,16 @@ def test_memory_budget_does_not_move_the_answer(memory, k):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3, equal_nan=True)
 
 
+@pytest.mark.parametrize(("images", "particles"), [(1, 500), (2, 500), (3, 100_000)])
+def test_an_image_has_the_same_estimates_in_any_company(images, particles):
+    """One image in a batch, and one in what the diagnostics take at once."""
+    vae, data = tiny_vae()
+    alone = evaluate(vae, data.test.head(images), particles, information_images=0).per_image
+    among = evaluate(vae, data.test.head(images + 1), particles, information_images=0).per_image
+    for name, ours, theirs in zip(alone._fields, alone, among, strict=True):
+        torch.testing.assert_close(ours, theirs[:images], rtol=1e-4, atol=1e-4, msg=name)
+
+
 def test_ragged_last_batch_counts_each_image_once(monkeypatch):
     vae, _ = tiny_vae()
     x = datasets.from_array(

@@ -77,6 +77,8 @@ def importance_weighted(effort: Effort) -> list[Table]:
         try:
             call()
         except Exception as error:
+            if name not in makers:  # without the rates nothing can be said
+                raise
             missing[name] = failure(error)
             del calls[name]
     seconds = interleave(calls, rounds)

@@ -169,7 +169,7 @@ def race(
             say(f"  {name}: {missing[name]}")
             continue
         say(f"  {name}: loss {first:.1f}, then {losses[name].last:.1f}")
-    losses = check_losses(losses)
+    losses = check_losses(losses) if losses else {}
     floors = floors or {}
     for run in floors.values():
         run(1)

@@ -73,6 +73,7 @@ def captured(
         for t, old in zip(state, kept, strict=True):
             t.copy_(old)
 
+    @torch.no_grad()
     def replay(*given: Tensor) -> Tensor:
         for to, value in zip(static, given, strict=True):
             to.copy_(value, non_blocking=True)

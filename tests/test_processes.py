@@ -47,7 +47,7 @@ def launch(arguments, count=2, program=("-m", "pyrovae"), **options):
     )
 
 
-def finish(process, timeout=120):
+def finish(process, timeout=300):
     out, err = process.communicate(timeout=timeout)
     return process.returncode, out, err
 

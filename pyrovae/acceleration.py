@@ -163,13 +163,7 @@ class CompiledSVI:
         noise = self._noise(step.plan, size)
         self.count += 1
         self._since.append(batch)
-        row = self._row(images or size)
-        if step.is_captured:  # with the kernels that the switches chose then
-            loss = step.run(batch, noise, row)
-        else:
-            # Products read the switch for tf32 when they run; bf16 is in the graph.
-            with torch.no_grad(), networks_in(None, self.precision):
-                loss = step.run(batch, noise, row)
+        loss = step.run(batch, noise, self._row(images or size))
         after_step(self.optim.optimizer, self.count)
         return loss
 
@@ -441,16 +435,14 @@ class _Step:
                 reason = str(error).strip().split("\n")[0]
                 raise NotTraceableError(f"the step cannot be captured: {reason}") from error
 
-    @property
-    def is_captured(self) -> bool:
-        """Whether a step is the replay of a CUDA graph."""
-        return self._replay is not None
-
     def run(self, batch: Tensor, noise: list[Tensor], row: Tensor) -> Tensor:
         """One step; the loss summed over the batch."""
         if self._capture:
             return self._captured(batch, noise, row)(batch, *noise, row)
-        return self._call(batch, *noise, row.to(self.svi.device, non_blocking=True))
+        # Products read the switch for tf32 when they run (a captured one has chosen its kernels);
+        # bf16 is in the graph.
+        with torch.no_grad(), networks_in(None, self.svi.precision):
+            return self._call(batch, *noise, row.to(self.svi.device, non_blocking=True))
 
     def _captured(self, batch: Tensor, noise: list[Tensor], row: Tensor) -> Callable[..., Tensor]:
         if self._replay is None:

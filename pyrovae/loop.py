@@ -131,7 +131,7 @@ class Loop:
         return loss
 
     def _compiled_step(self, engine: CompiledSVI, index: Tensor, images: int) -> None:
-        batch = index if engine.split is not None else self.draw(index)
+        batch = index if self._by_index() else self.draw(index)
         engine.step(batch, images)
         if self.state.step % _CHECKED_EVERY == _CHECKED_EVERY - 1:
             self.wait()

@@ -679,8 +679,8 @@ def test_a_compiled_step_runs_its_products_in_tf32(monkeypatch):
     optim = WholeModelOptimizer(vae.named_parameters())
     svi = traced_svi(vae, optim, split=data.train, precision="tf32")
     step, seen = svi.prepare(torch.arange(4)), []
-    run = step.run
-    step.run = lambda *args: seen.append(torch.get_float32_matmul_precision()) or run(*args)
+    call = step._call
+    step._call = lambda *args: seen.append(torch.get_float32_matmul_precision()) or call(*args)
     svi.step(torch.arange(4))
     assert seen == ["high"]
 

@@ -65,11 +65,11 @@ def test_equal_to_arviz(size, spread, impossible):
     w = spread * torch.randn(size, 4, generator=generator, dtype=torch.float64) - 500
     w[:impossible] = -math.inf
     ours, (lw, k) = psis(w), by_arviz(w)
-    torch.testing.assert_close(ours.pareto_k, k, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(ours.pareto_k, k, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(ours.log_weights, lw, rtol=1e-9, atol=1e-9)
     if not impossible:
         wrong = by_arviz(-w)[1]
-        assert (ours.pareto_k - wrong).abs().max() > 1e-3
+        assert (ours.pareto_k - wrong).abs().max() > 0.05
 
 
 @pytest.mark.skipif(find_spec("arviz_stats") is not None, reason="ArviZ 1 fits what vanishes")

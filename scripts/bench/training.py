@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -33,19 +34,20 @@ def needs_a_gpu(make: Callable[[], Contestant]) -> Callable[[], Contestant]:
 
 def engines(effort: Effort, start: VAE, split: Split, batch: int) -> Makers:
     """pyrovae's; the smoke form replays the traced step without compiling it."""
-    modes = {name: name for name in ENGINES} | effort.of({}, {"compiled": "traced"})
-    return {
-        f"pyrovae, {name}": functools.partial(ours.Engine, mode, start, split, batch)
-        for name, mode in modes.items()
-    }
+    return _made(effort, {name: f"pyrovae, {name}" for name in ENGINES}, start, split, batch)
 
 
 def rounded(effort: Effort, start: VAE, split: Split, batch: int) -> Makers:
     """pyrovae's with products in bfloat16, which is other work than that of all others."""
-    modes = {name: name for name in ROUNDED} | effort.of({}, {"compiled": "traced"})
+    titles = {name: f"pyrovae, {name}, bf16" for name in ROUNDED}
+    return _made(effort, titles, start, split, batch, "bf16")
+
+
+def _made(effort: Effort, titles: dict[str, str], *given: Any) -> Makers:
+    modes = effort.of({}, {"compiled": "traced"})
     return {
-        f"pyrovae, {name}, bf16": functools.partial(ours.Engine, mode, start, split, batch, "bf16")
-        for name, mode in modes.items()
+        title: functools.partial(ours.Engine, modes.get(name, name), *given)
+        for name, title in titles.items()
     }
 
 

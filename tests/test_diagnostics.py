@@ -6,6 +6,7 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 import torch
+from announced import arviz
 
 from pyrovae import diagnostics
 from pyrovae.diagnostics import psis
@@ -42,9 +43,7 @@ def by_arviz(w):
     try:
         from arviz_stats.base import array_stats
     except ImportError:
-        import arviz
-
-        psislw = arviz.psislw
+        psislw = arviz().psislw
     else:  # takes log-likelihoods: the sign is the trap
 
         def psislw(log_weights):

@@ -10,6 +10,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from announced import arviz
 from exact import linear_gaussian, marginal
 from tiny import tiny_config, tiny_data, tiny_hierarchy, tiny_vae
 from torch import nn
@@ -26,13 +27,6 @@ OLD_LINE = int(version("arviz").split(".")[0]) < 1
 
 EACH = ("chain", "draw", "image")
 PIXELS = ("channel", "row", "column")
-
-
-def arviz():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import arviz
-    return arviz
 
 
 @pytest.fixture

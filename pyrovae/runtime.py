@@ -8,15 +8,21 @@ import sys
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _KEPT, _LARGEST = 1 << 30, 32 << 20
 
+# Some ten microseconds: what libgomp itself takes where it has more threads than cores.
+_SPINS = "1000"
+
 
 def settle() -> None:
     """Choose how threads wait and how memory is kept, where the environment does not say.
 
     For the whole process, so a command calls it and the library does not. Numbers do not change.
     """
-    # Threads that wait by spinning cost a busy machine several times the wall time, and save an
-    # idle one next to nothing; OpenMP reads this when torch is loaded.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # A step is some sixty short loops, with a little Python between them. A thread that sleeps at
+    # the end of each is woken too late for the next: a small step takes four times as long. One
+    # that spins for milliseconds, which is the default, holds the core that another process could
+    # use: beside one, the step takes ten times as long. libgomp reads this when torch is loaded.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)
     keep_memory()
 
 

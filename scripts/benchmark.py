@@ -6,7 +6,8 @@
 
 It writes DEVICE.json and DEVICE.md into --out. Parts: (a) a training step of a dense VAE, (b) of a
 convolutional one, (c) evaluation beside pythae and the machine's rate of matrix products, (d)
-seconds and memory as K grows, (e) start-up. Each part states its own date, versions and machine.
+seconds and memory as K grows, (e) start-up, (f) how threads wait. Each part states its own date,
+versions and machine.
 The peers are those of ``pip install -e '.[bench]'``; one that is not installed is left out, and
 said so. What is compared with what, and the arithmetic: benchmarks/README.md.
 """
@@ -44,7 +45,7 @@ def main() -> int:
     runtime.keep_memory()  # as pyrovae's commands do, and for all contestants alike
     # Only now: torch counts the cores when it is imported.
     import torch
-    from bench import evaluation, memory, startup, training
+    from bench import evaluation, memory, startup, training, waiting
 
     # Convolutions in float32 for everybody; torch's default rounds a GPU's factors to 10 bits.
     torch.backends.cudnn.allow_tf32 = False
@@ -54,6 +55,7 @@ def main() -> int:
         "c": evaluation.importance_weighted,
         "d": memory.against_particles,
         "e": startup.starts,
+        "f": waiting.ways,
     }
     device = device_name(threads) + ("-smoke" if args.smoke else "")
     path = args.out / f"{device}.json"

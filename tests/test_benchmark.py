@@ -193,7 +193,7 @@ def run(*flags: str, here: Path) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (["--parts", "f"], "invalid choice: 'f'"),
+        (["--parts", "g"], "invalid choice: 'g'"),
         (["--threads", "0"], "--threads must be at least 1, got 0"),
         (["--out", "nowhere"], "nowhere is not a folder"),
     ],
@@ -213,7 +213,7 @@ def test_smoke(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     (path,) = tmp_path.glob("*-smoke.json")
     parts = json.loads(path.read_text(encoding="utf-8"))["parts"]
-    assert list(parts) == list("abcde")
+    assert list(parts) == list("abcdef")
     for letter in "ab":
         for row in parts[letter]["tables"][0]["rows"]:
             if "missing" in row:
@@ -235,8 +235,10 @@ def test_smoke(tmp_path: Path) -> None:
     assert all(row.get("agrees", True) for row in parts["c"]["tables"][0]["rows"])
     assert ran["d"] == {"100", "1,000"}
     assert {"pyrovae --help", "first training step, compiled, cache empty"} <= ran["e"]
+    for row in parts["f"]["tables"][0]["rows"]:
+        assert all(row[key]["median"] > 0 for key in ("4/1", "4/2"))
     for one in parts.values():
         assert one["smoke"] is True
         assert one["versions"]["torch"]
         assert one["date"]
-    assert path.with_suffix(".md").read_text(encoding="utf-8").count("\n## (") == 5
+    assert path.with_suffix(".md").read_text(encoding="utf-8").count("\n## (") == 6

@@ -53,15 +53,24 @@ def test_freed_memory_is_kept():
     assert faults("settle", **small, **own) > pages
 
 
-def test_the_environment_has_the_last_word():
+def settled(**given):
+    """What the environment says of waiting and of pages, once `settle` has been called."""
+    names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "THP_MEM_ALLOC_ENABLE")
     code = (
         "import os; from pyrovae import runtime; runtime.settle(); "
-        "print(os.environ['OMP_WAIT_POLICY'], os.environ['THP_MEM_ALLOC_ENABLE'])"
+        f"print(*(os.environ.get(name, '-') for name in {names}))"
     )
-    for given, wanted in (("", "PASSIVE 1"), ("ACTIVE", "ACTIVE 1")):
-        env = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "THP_"))}
-        env |= {"OMP_WAIT_POLICY": given} if given else {}
-        out = subprocess.run(
-            [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True
-        )
-        assert out.stdout.split() == wanted.split()
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_", "THP_"))}
+    out = subprocess.run(
+        [sys.executable, "-c", code], env=env | given, capture_output=True, text=True, check=True
+    )
+    return out.stdout.split()
+
+
+def test_threads_spin_for_a_moment_before_they_sleep():
+    assert settled() == ["-", "1000", "1"]
+
+
+def test_the_environment_has_the_last_word():
+    assert settled(OMP_WAIT_POLICY="ACTIVE", THP_MEM_ALLOC_ENABLE="0") == ["ACTIVE", "-", "0"]
+    assert settled(GOMP_SPINCOUNT="7") == ["-", "7", "1"]

@@ -25,5 +25,10 @@ def run(*args: str, env: dict[str, str] | None = None) -> str:
 
 def run_module(module: str, *args: str, env: dict[str, str] | None = None) -> str:
     """Run a module of this folder."""
+    return run("-m", module, *args, env=environment(**(env or {})))
+
+
+def environment(**more: str) -> dict[str, str]:
+    """The environment of a process that runs a module of this folder."""
     path = os.pathsep.join(filter(None, [str(SCRIPTS), os.environ.get("PYTHONPATH", "")]))
-    return run("-m", module, *args, env={"PYTHONPATH": path, **(env or {})})
+    return {**os.environ, "PYTHONPATH": path, **more}

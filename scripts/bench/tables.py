@@ -12,6 +12,7 @@ PARTS = {
     "c": "evaluation",
     "d": "memory of evaluation",
     "e": "start-up",
+    "f": "how threads wait",
 }
 
 

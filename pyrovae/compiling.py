@@ -1,5 +1,6 @@
 """A traced graph made fast: compiled by Inductor, or captured in a CUDA graph."""
 
+import copy
 import logging
 import shutil
 import warnings
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from pyrovae import rewriting
 from pyrovae.tracing import NotTraceableError
 
 
@@ -32,9 +34,12 @@ def compiled(graph: GraphModule, example: Sequence[Tensor]) -> Callable[..., Any
         with torch.no_grad(), quiet_compiler():
             from torch import _inductor  # late: importing it changes the filters of warnings
 
-            # A graph with its gradient inside looks like inference to Inductor, which then lays
-            # a CPU's images out with channels innermost: three lanes of a vector's sixteen.
-            options = {} if any(t.is_cuda for t in example) else {"layout_optimization": False}
+            options = {}
+            if not any(t.is_cuda for t in example):
+                graph = rewriting.for_cpu(copy.deepcopy(graph))
+                # A graph with its gradient inside looks like inference to Inductor, which then
+                # lays images out with channels innermost: three lanes of a vector's sixteen.
+                options["layout_optimization"] = False
             run = _inductor.compile(graph, list(example), options=options)
             run(*(t.clone() for t in example))  # the first call completes the work
             return run

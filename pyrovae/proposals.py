@@ -136,31 +136,32 @@ class Noise(NamedTuple):
 
     def draw(self, site: str, event_shape: torch.Size, like: Tensor) -> Tensor:
         """Noise of shape (len(particles), len(images), *event_shape), of ``like``'s kind."""
-        rows = []
-        for p in _blocks(self.particles, PARTICLE_BLOCK):
-            row = [self._block(site, p, i, event_shape, like) for i in self._image_blocks()]
-            keep = slice(self.images.start % IMAGE_BLOCK, None)
-            rows.append(torch.cat(row, 1)[:, keep][:, : len(self.images)])
-        start = self.particles.start % PARTICLE_BLOCK
-        noise = torch.cat(rows)[start : start + len(self.particles)]
-        return self.proposal.inflate(noise, self.particles)
+        blocks = _blocks(self.particles, PARTICLE_BLOCK)
+        columns = _blocks(self.images, IMAGE_BLOCK)
+        shape = (len(columns), len(blocks), PARTICLE_BLOCK, IMAGE_BLOCK, *event_shape)
+        drawn = torch.empty(shape, dtype=like.dtype, device=like.device)
+        generator = torch.Generator(like.device)
+        for column, i in zip(drawn, columns, strict=True):
+            for block, p in zip(column, blocks, strict=True):
+                generator.manual_seed(seed_of(f"{self.seed}/{site}/{p}/{i}"))
+                block.normal_(generator=generator)
+        whole = drawn.flatten(1, 2).movedim(0, 1).flatten(1, 2)
+        noise = whole[_within(self.particles, PARTICLE_BLOCK), _within(self.images, IMAGE_BLOCK)]
+        return self.proposal.inflate(noise.contiguous(), self.particles)
 
     def stream_seed(self) -> int:
         """A seed for what this noise cannot make: draws that are no function of normals."""
         return seed_of(f"{self.seed}/{self.particles.start}/{self.images.start}")
 
-    def _image_blocks(self) -> range:
-        return _blocks(self.images, IMAGE_BLOCK)
-
-    def _block(self, site: str, p: int, i: int, event: torch.Size, like: Tensor) -> Tensor:
-        generator = torch.Generator(like.device)
-        generator.manual_seed(seed_of(f"{self.seed}/{site}/{p}/{i}"))
-        shape = (PARTICLE_BLOCK, IMAGE_BLOCK, *event)
-        return torch.randn(shape, generator=generator, dtype=like.dtype, device=like.device)
-
 
 def _blocks(indices: range, size: int) -> range:
     return range(indices.start // size, -(-indices.stop // size))
+
+
+def _within(indices: range, size: int) -> slice:
+    """Where the indices stand among those of their blocks."""
+    start = indices.start % size
+    return slice(start, start + len(indices))
 
 
 def from_noise(q: Distribution, noise: Callable[[torch.Size], Tensor]) -> Tensor | None:

@@ -36,7 +36,9 @@ def compiled(graph: GraphModule, example: Sequence[Tensor]) -> Callable[..., Any
 
             options = {}
             if not any(t.is_cuda for t in example):
-                graph = rewriting.for_cpu(copy.deepcopy(graph))
+                # The operations are copied, the tensors that they hold are not: a program may
+                # write into one between two calls.
+                graph = rewriting.for_cpu(GraphModule(graph, copy.deepcopy(graph.graph)))
                 # A graph with its gradient inside looks like inference to Inductor, which then
                 # lays images out with channels innermost: three lanes of a vector's sixteen.
                 options["layout_optimization"] = False

@@ -1,4 +1,4 @@
-"""A traced graph in other words: the same numbers, by operations that a CPU is faster at.
+"""A traced graph in other words: the same numbers, but for rounding, by faster operations.
 
 Inductor gives dense layers to oneDNN only where the weights are constants. Ours change from step to
 step, so a layer is an operator of our own, which Inductor leaves alone. Whoever compiles a graph
@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Node
 
 _aten: Any = torch.ops.aten
 
-# Fewer rows are multiplied sooner by the library that torch takes for matrices.
+# Fewer rows are multiplied sooner by the library that torch takes for matrices (on AMD's Zen 4).
 _ROWS = 512
 
 _library = torch.library.Library("pyrovae", "DEF")
@@ -55,7 +55,7 @@ def _is_dense(node: Node) -> bool:
     given = [_value(each) for each in (bias, x, transposed.args[0])]
     if not all(v is not None and _is_plain(v) for v in given):
         return False
-    return given[0].dim() == 1 and len(given[1]) >= _ROWS
+    return given[0].shape == given[2].shape[:1] and len(given[1]) >= _ROWS
 
 
 def _is_plain(value: Tensor) -> bool:
@@ -63,7 +63,9 @@ def _is_plain(value: Tensor) -> bool:
 
 
 def _has_onednn() -> bool:
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    onednn = torch.backends.mkldnn
+    wanted = onednn.is_available() and bool(onednn.enabled)
+    return wanted and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def _value(node: Any) -> Any:

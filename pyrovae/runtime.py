@@ -8,7 +8,7 @@ import sys
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _KEPT, _LARGEST = 1 << 30, 32 << 20
 
-# Some ten microseconds: what libgomp itself takes where it has more threads than cores.
+# Some ten microseconds; libgomp's default is 300,000, some milliseconds.
 _SPINS = "1000"
 
 
@@ -20,7 +20,8 @@ def settle() -> None:
     # A step is some sixty short loops, with a little Python between them. A thread that sleeps at
     # the end of each is woken too late for the next: a small step takes four times as long. One
     # that spins for milliseconds, which is the default, holds the core that another process could
-    # use: beside one, the step takes ten times as long. libgomp reads this when torch is loaded.
+    # use: beside one, the step takes six times as long. libgomp, which torch's wheels for Linux
+    # bring, reads this when torch is loaded; other libraries keep their defaults.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)
     keep_memory()

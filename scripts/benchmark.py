@@ -42,7 +42,8 @@ def arguments() -> argparse.Namespace:
 def main() -> int:
     args = arguments()
     threads = limit_cores(args.threads)
-    runtime.keep_memory()  # as pyrovae's commands do, and for all contestants alike
+    # As pyrovae's commands do, for all contestants alike; their way of waiting is part f alone.
+    runtime.keep_memory()
     # Only now: torch counts the cores when it is imported.
     import torch
     from bench import evaluation, memory, startup, training, waiting

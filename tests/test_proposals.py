@@ -15,6 +15,7 @@ from pyrovae.estimates import estimate
 from pyrovae.evaluation import evaluate
 from pyrovae.importance import IMAGE_BLOCK, PARTICLE_BLOCK, chunks, plan
 from pyrovae.proposals import KINDS, Noise, Proposal, from_noise, inflated
+from pyrovae.streams import seed_of
 
 PROPOSALS = [Proposal(), Proposal("wide", 1.3), Proposal("defensive", 1.3)]
 IDS = [p.kind for p in PROPOSALS]
@@ -49,6 +50,26 @@ def distributions():
         "normal": dist.Normal(loc, scale).to_event(1),
         "log-normal": dist.LogNormal(loc, scale).to_event(1),
     }
+
+
+@pytest.mark.parametrize("event", [(), (3,)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_noise_is_that_of_seeded_blocks(event, dtype):
+    """Any other stream would move every log p(x) that was ever published with a seed."""
+    images, particles = range(10, 37), range(60, 70)  # across two blocks each, and parts of them
+    noise = Noise(7, images, particles).draw("z", torch.Size(event), torch.zeros((), dtype=dtype))
+    assert noise.is_contiguous()
+    blocks = {}
+    for k, particle in enumerate(particles):
+        for i, image in enumerate(images):
+            p, b = particle // PARTICLE_BLOCK, image // IMAGE_BLOCK
+            if (p, b) not in blocks:
+                stream = torch.Generator().manual_seed(seed_of(f"7/z/{p}/{b}"))
+                shape = (PARTICLE_BLOCK, IMAGE_BLOCK, *event)
+                blocks[p, b] = torch.randn(shape, generator=stream, dtype=dtype)
+            truth = blocks[p, b][particle % PARTICLE_BLOCK, image % IMAGE_BLOCK]
+            assert torch.equal(noise[k, i], truth)
+    assert len(blocks) == 6
 
 
 @pytest.mark.parametrize("name", [*posteriors.REGISTRY, "normal", "log-normal"])

@@ -1,17 +1,18 @@
 """Graphs in other words: which layers oneDNN gets, and that nothing but rounding changes."""
 
-import copy
-
 import pytest
 import torch
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from pyrovae import compiling, rewriting
+from pyrovae import compiling, rewriting, tracing
 from pyrovae.importance import float32_products
 
 ROWS = 600
 LINEAR = torch.ops.pyrovae.linear.default
+
+needs_onednn = pytest.mark.skipif(not rewriting._has_onednn(), reason="a torch without oneDNN")
+needs_compiler = pytest.mark.skipif(not compiling.has_compiler(), reason="no C++ compiler")
 
 
 def dense(x, weight, bias):
@@ -62,6 +63,7 @@ def rewritten(function, given):
     return graph, [node.args[-1] for node in calls]
 
 
+@needs_onednn
 @pytest.mark.parametrize(
     ("function", "calls"), [(dense, ["none"]), (with_tanh, ["tanh"]), (tanh_and_sum, ["none"])]
 )
@@ -88,11 +90,18 @@ def test_few_rows_and_other_precisions_are_left_alone(given):
     assert rewritten(dense, given)[1] == []
 
 
-def test_without_onednn_nothing_changes(monkeypatch):
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+def test_a_single_bias_for_all_is_left_alone():
+    x, weight, _ = example()
+    assert rewritten(dense, [x, weight, torch.ones(1)])[1] == []
+
+
+@pytest.mark.parametrize(("name", "value"), [("is_available", lambda: False), ("enabled", False)])
+def test_without_onednn_nothing_changes(monkeypatch, name, value):
+    monkeypatch.setattr(torch.backends.mkldnn, name, value)
     assert rewritten(with_tanh, example())[1] == []
 
 
+@needs_onednn
 def test_tanh_is_as_exact_as_torchs():
     x = torch.linspace(-12, 12, 24 * 512).reshape(-1, 1)
     one, none = torch.ones(1, 1), torch.zeros(1)
@@ -104,15 +113,31 @@ def test_tanh_is_as_exact_as_torchs():
 
 
 @pytest.mark.slow
+@needs_onednn
+@needs_compiler
 @float32_products()
-def test_compiled_with_them():
+def test_compiled_with_them(monkeypatch):
     """Inductor takes the operator as it is, weights that change between calls included."""
-    given = example()
+    given, made = example(), []
+    put = rewriting.for_cpu
+    monkeypatch.setattr(rewriting, "for_cpu", lambda graph: made.append(put(graph)) or made[-1])
     graph = traced(with_tanh, given)
-    before = copy.deepcopy(graph).code
+    before = graph.code
     run = compiling.compiled(graph, given)
     assert graph.code == before
+    assert [LINEAR in {node.target for node in one.graph.nodes} for one in made] == [True]
     for _ in range(2):
         truth = with_tanh(*(t.double() for t in given))
         torch.testing.assert_close(run(*given).double(), truth, rtol=1e-5, atol=1e-5)
         given[1].mul_(0.5)
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_a_tensor_that_the_program_holds_is_read_anew():
+    held = torch.ones(20)
+    graph = tracing.trace(lambda x: x * held, torch.ones(20))
+    run = compiling.compiled(graph, [torch.ones(20)])
+    for value in (1.0, 5.0):
+        held.fill_(value)
+        assert torch.equal(run(torch.ones(20)), torch.full((20,), value))

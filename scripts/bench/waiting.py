@@ -68,7 +68,10 @@ def together(count: int, way: str, arguments: list[str]) -> list[float]:
             assert process.stdin is not None
             process.stdin.write("go\n")
             process.stdin.flush()
-        return [float(process.communicate()[0]) for process in processes]
+        printed = [process.communicate()[0] for process in processes]
+        if any(process.returncode for process in processes):
+            raise RuntimeError(f"{way}: a process failed while it was measured")
+        return [float(ms) for ms in printed]
     finally:
         for process in processes:
             process.kill()

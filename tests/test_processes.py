@@ -47,7 +47,7 @@ def launch(arguments, count=2, program=("-m", "pyrovae"), **options):
     )
 
 
-def finish(process, timeout=300):
+def finish(process, timeout=120):
     out, err = process.communicate(timeout=timeout)
     return process.returncode, out, err
 
@@ -190,7 +190,7 @@ def test_resuming_several_processes_is_exact(trained):
 def test_two_processes_compiled_learn_as_one_does(trained):
     folder, _ = trained
     command = [*TRAIN, "--epochs", 12, "--engine", "compiled", "--out", folder / "compiled"]
-    status, _, err = finish(launch(command))
+    status, _, err = finish(launch(command), timeout=300)  # it compiles, twice
     assert status == 0, err
     assert err.count("engine    compiled") == 1
     one, two = (Run(folder / name).read_metrics() for name in ("one", "compiled"))

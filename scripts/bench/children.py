@@ -25,10 +25,10 @@ def run(*args: str, env: dict[str, str] | None = None) -> str:
 
 def run_module(module: str, *args: str, env: dict[str, str] | None = None) -> str:
     """Run a module of this folder."""
-    return run("-m", module, *args, env=environment(**(env or {})))
+    return run("-m", module, *args, env={**reach(), **(env or {})})
 
 
-def environment(**more: str) -> dict[str, str]:
-    """The environment of a process that runs a module of this folder."""
+def reach() -> dict[str, str]:
+    """What a process must have in its environment to find the modules of this folder."""
     path = os.pathsep.join(filter(None, [str(SCRIPTS), os.environ.get("PYTHONPATH", "")]))
-    return {**os.environ, "PYTHONPATH": path, **more}
+    return {"PYTHONPATH": path}

@@ -5,6 +5,8 @@ says so, waits for a line of its input, and prints the milliseconds of a step. C
 it is to set itself up as pyrovae's commands do.
 """
 
+import itertools
+import os
 import subprocess
 import sys
 import time
@@ -47,8 +49,8 @@ def together(count: int, way: str, arguments: list[str]) -> list[float]:
     """So many processes at once; the milliseconds of a step in each."""
     commands, told = WAYS[way]
     settings = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
-    env = {k: v for k, v in children.environment().items() if k not in settings}
-    env |= {"CUDA_VISIBLE_DEVICES": "", **told}
+    env = {k: v for k, v in os.environ.items() if k not in settings}
+    env |= {**children.reach(), "CUDA_VISIBLE_DEVICES": "", **told}
     processes = [
         subprocess.Popen(
             [sys.executable, "-m", "bench.waiting", str(int(commands)), *arguments],
@@ -84,12 +86,9 @@ def ways(effort: Effort) -> list[Table]:
     rest = [str(effort.of(4.0, 0.1)), str(effort.of(200, 16)), effort.of("compiled", "traced")]
     found: dict[tuple[str, int, int], list[float]] = {}
     say("how threads wait")
-    for _ in range(rounds):
-        for way in WAYS:
-            for batch in batches:
-                for count in (1, 2):
-                    ms = together(count, way, [str(batch), *rest])
-                    found.setdefault((way, batch, count), []).extend(ms)
+    for _, way, batch, count in itertools.product(range(rounds), WAYS, batches, (1, 2)):
+        ms = together(count, way, [str(batch), *rest])
+        found.setdefault((way, batch, count), []).extend(ms)
     columns = {"name": "threads wait"}
     for batch in batches:
         columns[f"{batch}/1"] = f"batch {batch}: ms a step"
@@ -97,9 +96,8 @@ def ways(effort: Effort) -> list[Table]:
     rows = []
     for way in WAYS:
         row: dict = {"name": way}
-        for batch in batches:
-            for count in (1, 2):
-                row[f"{batch}/{count}"] = spread(found[way, batch, count])._asdict()
+        for batch, count in itertools.product(batches, (1, 2)):
+            row[f"{batch}/{count}"] = spread(found[way, batch, count])._asdict()
         rows.append(row)
         say(f"  {way}: " + ", ".join(f"{row[key]['median']:.2f}" for key in list(columns)[1:]))
     return [

@@ -346,7 +346,7 @@ class CompiledSVI:
         averages = [None if average is None else next(rest) for average in self._averages]
         total, health = rest
         lr, corrections, scale, renewal = row[0], (row[1], row[2]), row[4], row[5]
-        square: Any = sum((g * scale).square().sum() for g in grads if g is not None)
+        square: Any = sum(_sum((g * scale).square()) for g in grads if g is not None)
         norm = square.sqrt()
         finite = torch.isfinite(norm) & torch.isfinite(loss)
         fine = _once(finite & (health[1] == 0))
@@ -370,6 +370,11 @@ class CompiledSVI:
         put(total, total + loss)
         number = torch.where((health[1] == 0) & ~finite, health[0] + 1, health[1])
         health.copy_(torch.stack([health[0] + 1, number]))
+
+
+def _sum(values: Tensor) -> Tensor:
+    """Of all numbers, row by row, which a CPU's kernel does in half the time of one long sum."""
+    return (values.flatten(1).sum(1) if values.dim() > 1 else values).sum()
 
 
 def _once(value: Tensor) -> Tensor:

@@ -1,20 +1,37 @@
 """A traced graph in other words: the same numbers, but for rounding, by faster operations.
 
-Inductor gives dense layers to oneDNN only where the weights are constants. Ours change from step to
-step, so a layer is an operator of our own, which Inductor leaves alone. Whoever compiles a graph
-holds the result against what was traced.
+On a CPU, in float32, three things are said anew:
+
+- Dense layers of many rows go to oneDNN, which adds the bias and takes tanh while the product is at
+  hand. Inductor does that only where the weights are constants; ours change from step to step, so
+  such a layer is an operator of our own, which Inductor leaves alone.
+- Products of few rows are divided between two threads here, by the side that belongs to the
+  weights, so that each thread reads its half of them alone. The library that torch takes for
+  matrices has both read all of them.
+- Logarithms of sigmoids and tanh become additions and products, within the kernels around them.
+
+Whoever compiles a graph holds the result against what was traced.
 """
 
+import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule, Node, Proxy
+from torch.fx.proxy import GraphAppendingTracer
+
+from pyrovae import elementary
 
 _aten: Any = torch.ops.aten
 
-# Fewer rows are multiplied sooner by the library that torch takes for matrices (on AMD's Zen 4).
-_ROWS = 512
+# Measured on AMD's Zen 4 with two threads: more rows are multiplied sooner by oneDNN, and fewer
+# as halves; in between, and where a product is very small, by the library that torch takes.
+_MANY = 512
+_FEW = range(16, 129)
+_SMALLEST = 2**17  # multiply-adds
+_THREADS = 2
 
 _library = torch.library.Library("pyrovae", "DEF")
 _library.define("linear(Tensor x, Tensor weight, Tensor bias, str activation) -> Tensor")
@@ -33,33 +50,44 @@ _library.impl("linear", _shape_of_linear, "Meta")
 
 
 def for_cpu(graph: GraphModule) -> GraphModule:
-    """The graph, changed in place, with its dense layers as a CPU computes them sooner.
-
-    Those of many rows go to oneDNN, which adds the bias and takes tanh while the product is at
-    hand; else a library copies the bias to where the product is to go, and tanh passes it again.
-    """
-    for node in list(graph.graph.nodes):
-        if node.target is _aten.addmm.default and _is_dense(node):
-            _put_linear(graph, node)
+    """The graph, changed in place, as a CPU computes it sooner."""
+    # Products first: tanh after a layer of many rows is oneDNN's.
+    for rules in (_PRODUCTS, _FUNCTIONS):
+        for node in list(graph.graph.nodes):
+            if node.target in rules:
+                rules[node.target](node)
     graph.recompile()
     return graph
 
 
-def _is_dense(node: Node) -> bool:
+# Products.
+
+
+def _dense(node: Node) -> None:
+    """A layer x W^T + b: by oneDNN, or in halves."""
+    if node.kwargs or len(node.args) != 3:
+        return
+    if _is_long(node):
+        _put_linear(node)
+    elif _in_halves(node.args[1], node.args[2]):
+        _put(node, lambda bias, a, b: _halves(a, b) + bias, *node.args)
+
+
+def _product(node: Node) -> None:
+    if _in_halves(*node.args):
+        _put(node, _halves, *node.args)
+
+
+def _is_long(node: Node) -> bool:
     """Whether it is x W^T + b in float32, of many rows, each tensor laid out row by row."""
-    if node.kwargs or len(node.args) != 3 or not _has_onednn():
-        return False
     bias, x, transposed = node.args
     if not (isinstance(transposed, Node) and transposed.target is _aten.t.default):
         return False
     given = [_value(each) for each in (bias, x, transposed.args[0])]
-    if not all(v is not None and _is_plain(v) for v in given):
+    if not all(_is_float(v) and v.is_contiguous() for v in given):
         return False
-    return given[0].shape == given[2].shape[:1] and len(given[1]) >= _ROWS
-
-
-def _is_plain(value: Tensor) -> bool:
-    return value.device.type == "cpu" and value.dtype == torch.float32 and value.is_contiguous()
+    fits = given[0].shape == given[2].shape[:1] and len(given[1]) >= _MANY
+    return fits and _has_onednn()
 
 
 def _has_onednn() -> bool:
@@ -68,23 +96,126 @@ def _has_onednn() -> bool:
     return wanted and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-def _value(node: Any) -> Any:
-    return node.meta.get("val") if isinstance(node, Node) else None
-
-
-def _put_linear(graph: GraphModule, node: Node) -> None:
+def _put_linear(node: Node) -> None:
     bias, x, transposed = node.args
     assert isinstance(transposed, Node)
     users = list(node.users)
     tanh = len(users) == 1 and users[0].target is _aten.tanh.default
     last = users[0] if tanh else node
-    with graph.graph.inserting_before(node):
-        linear = graph.graph.call_function(
+    with node.graph.inserting_before(node):
+        linear = node.graph.call_function(
             torch.ops.pyrovae.linear.default,
             (x, transposed.args[0], bias, "tanh" if tanh else "none"),
         )
     linear.meta = dict(last.meta)
     last.replace_all_uses_with(linear)
-    graph.graph.erase_node(last)
+    node.graph.erase_node(last)
     if tanh:
-        graph.graph.erase_node(node)
+        node.graph.erase_node(node)
+
+
+def _in_halves(left: Any, right: Any) -> bool:
+    """Whether a product is of a size and layout that two threads compute sooner in halves."""
+    a, b = _value(left), _value(right)
+    if not (_is_float(a) and _is_float(b)) or not _divides_threads():
+        return False
+    if not all(t.is_contiguous() or t.t().is_contiguous() for t in (a, b)):
+        return False
+    (m, k), n = a.shape, b.shape[1]
+    # Of a layer's products, only the gradient of its weights has its left side transposed.
+    few, halved = (m, n) if a.is_contiguous() else (k, m)
+    return few in _FEW and halved % 2 == 0 and m * k * n >= _SMALLEST
+
+
+def _divides_threads() -> bool:
+    return torch.get_num_threads() == _THREADS and torch.backends.mkl.is_available()
+
+
+def _halves(a: Any, b: Any) -> Any:
+    """a b (m, n), row by row: its columns halved where a lies so too, else its rows."""
+    if _value(a.node).is_contiguous():
+        # What follows may view the product in another shape, so its layout must not change.
+        return _by_rows(b.t(), a.t(), _value(b.node).shape[1]).t().contiguous()
+    return _by_rows(a, b, len(_value(a.node)))
+
+
+def _by_rows(a: Any, b: Any, rows: int) -> Any:
+    halves = torch.bmm(a.unflatten(0, (2, rows // 2)), b.unsqueeze(0).expand(2, -1, -1))
+    return halves.flatten(0, 1)
+
+
+# Elementary functions.
+
+
+def _tanh(node: Node) -> None:
+    if _is_float(_value(node)):
+        _put(node, elementary.tanh, *node.args)
+
+
+def _log_sigmoid(node: Node) -> None:
+    """Its second output is for the backward pass, which Inductor computes from x."""
+    if not _is_float(_value(node.args[0])):
+        return
+    for user in list(node.users):
+        if user.target is operator.getitem and user.args[1] == 0:
+            _put(user, lambda x: elementary.log_sigmoid(x, elementary.decay(x)), *node.args)
+
+
+def _softplus(node: Node) -> None:
+    """Beyond torch's threshold of 20, x is what this is too, but for rounding."""
+    if len(node.args) == 1 and not node.kwargs and _is_float(_value(node)):
+        _put(node, lambda x: elementary.softplus(x, elementary.decay(x)), *node.args)
+
+
+def _cross_entropy(node: Node) -> None:
+    """-y log sigmoid(l) - (1 - y) log sigmoid(-l), with the sigmoid that its gradient wants."""
+    logits, target, *rest = node.args
+    if node.kwargs or rest != [None, None, 0]:  # weights, and another reduction than none
+        return
+    if not (_is_float(_value(logits)) and _is_float(_value(target))):
+        return
+    assert isinstance(logits, Node)
+    sigmoids = [user for user in logits.users if user.target is _aten.sigmoid.default]
+    first = next(each for each in node.graph.nodes if each is node or each in sigmoids)
+    u = _written(first, elementary.decay, logits)
+    _put(node, lambda x, y, u: (1 - y) * x - elementary.log_sigmoid(x, u), logits, target, u)
+    for sigmoid in sigmoids:
+        _put(sigmoid, elementary.sigmoid, logits, u)
+
+
+_PRODUCTS: dict[Any, Callable[[Node], None]] = {
+    _aten.addmm.default: _dense,
+    _aten.mm.default: _product,
+}
+_FUNCTIONS: dict[Any, Callable[[Node], None]] = {
+    _aten.tanh.default: _tanh,
+    _aten.log_sigmoid_forward.default: _log_sigmoid,
+    _aten.softplus.default: _softplus,
+    _aten.binary_cross_entropy_with_logits.default: _cross_entropy,
+}
+
+
+def _put(node: Node, function: Callable[..., Any], *given: Any) -> None:
+    """Put a function of what is given in the place of a node."""
+    new = _written(node, function, *given)
+    new.meta = dict(node.meta)
+    node.replace_all_uses_with(new)
+    node.graph.erase_node(node)
+
+
+def _written(before: Node, function: Callable[..., Any], *given: Any) -> Node:
+    """The operations of a function written down before a node; the last of them."""
+    tracer = GraphAppendingTracer(before.graph)
+    with before.graph.inserting_before(before):
+        result = function(*(Proxy(g, tracer) if isinstance(g, Node) else g for g in given))
+    node: Node = result.node
+    return node
+
+
+def _is_float(value: Any) -> bool:
+    """Whether it is a tensor of float32 on a CPU."""
+    return isinstance(value, Tensor) and value.device.type == "cpu" and value.dtype == torch.float32
+
+
+def _value(given: Any) -> Any:
+    return given.meta.get("val") if isinstance(given, Node) else None

@@ -373,8 +373,9 @@ class CompiledSVI:
 
 
 def _sum(values: Tensor) -> Tensor:
-    """Of all numbers, row by row, which a CPU's kernel does in half the time of one long sum."""
-    return (values.flatten(1).sum(1) if values.dim() > 1 else values).sum()
+    """Of all numbers; by a CPU row by row, which takes half the time of one long sum."""
+    by_rows = values.dim() > 1 and not values.is_cuda
+    return (values.flatten(1).sum(1) if by_rows else values).sum()
 
 
 def _once(value: Tensor) -> Tensor:

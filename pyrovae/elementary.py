@@ -1,9 +1,8 @@
 """Elementary functions from additions and products, which a compiler makes vector instructions of.
 
-The libraries' own take two to three times as long: they are good to the last bit everywhere.
-These are good to a few units in the last place of float32, and are for float32 alone. Coefficients
-are fits of our own: of log(1 + u) / u by interpolation at Chebyshev's points, of tanh(x) / x by
-least squares, reweighted until the relative error is level.
+The libraries' own logarithm takes two to three times as long: it is good to the last bit, and for
+arguments that do not occur here. These are good to a few units in the last place of float32, and
+for float32 alone. The coefficients are our own, by interpolation at Chebyshev's points.
 """
 
 from collections.abc import Sequence
@@ -25,50 +24,25 @@ _LOG1P = (
     -0.003176057053,
 )
 
-# tanh(x) / x for |x| <= 9.02, where it is 1 in float32; powers of x^2; to 2e-9.
-_TANH_EDGE = 9.02
-_TANH_ABOVE = (
-    0.9999999987,
-    0.136799321,
-    0.003868348872,
-    2.800787201e-05,
-    3.058595778e-08,
-    -1.220410018e-11,
-)
-_TANH_BELOW = (1.0, 0.4701326416, 0.02724591666, 0.0003938667906, 1.287394714e-06)
-
-
-def tanh(x: Tensor) -> Tensor:
-    """tanh(x), of any shape, within 5e-7 of its size, and never beyond 1."""
-    x = x.clamp(-_TANH_EDGE, _TANH_EDGE)
-    square = x * x
-    ratio = x * _polynomial(_TANH_ABOVE, square) / _polynomial(_TANH_BELOW, square)
-    return ratio.clamp(-1.0, 1.0)
-
 
 def log1p_of_unit(u: Tensor) -> Tensor:
     """log(1 + u) for u in [0, 1], of any shape, within 3e-7 of its size."""
     return u * _polynomial(_LOG1P, u)
 
 
-def decay(x: Tensor) -> Tensor:
-    """exp(-|x|), in [0, 1], that the functions below have in common."""
+def log_sigmoid(x: Tensor) -> Tensor:
+    """log sigmoid(x) = min(x, 0) - log(1 + e^-|x|), of any shape."""
+    return x.clamp(max=0.0) - log1p_of_unit(_decay(x))
+
+
+def softplus(x: Tensor) -> Tensor:
+    """log(1 + e^x) = max(x, 0) + log(1 + e^-|x|), of any shape."""
+    return x.clamp(min=0.0) + log1p_of_unit(_decay(x))
+
+
+def _decay(x: Tensor) -> Tensor:
+    """e^-|x|, in [0, 1]."""
     return torch.exp(-x.abs())
-
-
-def log_sigmoid(x: Tensor, u: Tensor) -> Tensor:
-    """log sigmoid(x) = min(x, 0) - log(1 + u), with u = `decay` of x."""
-    return x.clamp(max=0.0) - log1p_of_unit(u)
-
-
-def softplus(x: Tensor, u: Tensor) -> Tensor:
-    """log(1 + e^x) = max(x, 0) + log(1 + u), with u = `decay` of x."""
-    return x.clamp(min=0.0) + log1p_of_unit(u)
-
-
-def sigmoid(x: Tensor, u: Tensor) -> Tensor:
-    """1 / (1 + e^-x), with u = `decay` of x: 1 / (1 + u) above zero, u / (1 + u) below."""
-    return torch.where(x >= 0, 1.0, u) / (1.0 + u)
 
 
 def _polynomial(coefficients: Sequence[float], x: Tensor) -> Tensor:

@@ -8,7 +8,8 @@ On a CPU, in float32, three things are said anew:
 - Products of few rows are divided between two threads here, by the side that belongs to the
   weights, so that each thread reads its half of them alone. The library that torch takes for
   matrices has both read all of them.
-- Logarithms of sigmoids and tanh become additions and products, within the kernels around them.
+- Softplus, the logarithm of a sigmoid and the cross-entropy of logits are spelt out: their
+  logarithm becomes additions and products within the kernels around them.
 
 Whoever compiles a graph holds the result against what was traced.
 """
@@ -27,7 +28,8 @@ from pyrovae import elementary
 _aten: Any = torch.ops.aten
 
 # Measured on AMD's Zen 4 with two threads: more rows are multiplied sooner by oneDNN, and fewer
-# as halves; in between, and where a product is very small, by the library that torch takes.
+# as halves; in between, and where a product is very small, by the library that torch takes. The
+# number of threads is that of the moment of compiling; another one later costs time and no more.
 _MANY = 512
 _FEW = range(16, 129)
 _SMALLEST = 2**17  # multiply-adds
@@ -51,11 +53,9 @@ _library.impl("linear", _shape_of_linear, "Meta")
 
 def for_cpu(graph: GraphModule) -> GraphModule:
     """The graph, changed in place, as a CPU computes it sooner."""
-    # Products first: tanh after a layer of many rows is oneDNN's.
-    for rules in (_PRODUCTS, _FUNCTIONS):
-        for node in list(graph.graph.nodes):
-            if node.target in rules:
-                rules[node.target](node)
+    for node in list(graph.graph.nodes):
+        if node.target in _RULES:
+            _RULES[node.target](node)
     graph.recompile()
     return graph
 
@@ -132,7 +132,7 @@ def _divides_threads() -> bool:
 
 
 def _halves(a: Any, b: Any) -> Any:
-    """a b (m, n), row by row: its columns halved where a lies so too, else its rows."""
+    """a b (m, n), itself row by row: its columns halved where a lies row by row, else its rows."""
     if _value(a.node).is_contiguous():
         # What follows may view the product in another shape, so its layout must not change.
         return _by_rows(b.t(), a.t(), _value(b.node).shape[1]).t().contiguous()
@@ -147,48 +147,36 @@ def _by_rows(a: Any, b: Any, rows: int) -> Any:
 # Elementary functions.
 
 
-def _tanh(node: Node) -> None:
-    if _is_float(_value(node)):
-        _put(node, elementary.tanh, *node.args)
-
-
 def _log_sigmoid(node: Node) -> None:
     """Its second output is for the backward pass, which Inductor computes from x."""
     if not _is_float(_value(node.args[0])):
         return
     for user in list(node.users):
         if user.target is operator.getitem and user.args[1] == 0:
-            _put(user, lambda x: elementary.log_sigmoid(x, elementary.decay(x)), *node.args)
+            # Where the function was: a program may write into x before it takes the output up.
+            new = _written(node, elementary.log_sigmoid, *node.args)
+            _replace(user, new)
 
 
 def _softplus(node: Node) -> None:
-    """Beyond torch's threshold of 20, x is what this is too, but for rounding."""
+    """Torch returns x above 20, to which this rounds there too."""
     if len(node.args) == 1 and not node.kwargs and _is_float(_value(node)):
-        _put(node, lambda x: elementary.softplus(x, elementary.decay(x)), *node.args)
+        _put(node, elementary.softplus, *node.args)
 
 
 def _cross_entropy(node: Node) -> None:
-    """-y log sigmoid(l) - (1 - y) log sigmoid(-l), with the sigmoid that its gradient wants."""
+    """-y log sigmoid(l) - (1 - y) log sigmoid(-l), as torch has it: (1 - y) l - log sigmoid(l)."""
     logits, target, *rest = node.args
     if node.kwargs or rest != [None, None, 0]:  # weights, and another reduction than none
         return
     if not (_is_float(_value(logits)) and _is_float(_value(target))):
         return
-    assert isinstance(logits, Node)
-    sigmoids = [user for user in logits.users if user.target is _aten.sigmoid.default]
-    first = next(each for each in node.graph.nodes if each is node or each in sigmoids)
-    u = _written(first, elementary.decay, logits)
-    _put(node, lambda x, y, u: (1 - y) * x - elementary.log_sigmoid(x, u), logits, target, u)
-    for sigmoid in sigmoids:
-        _put(sigmoid, elementary.sigmoid, logits, u)
+    _put(node, lambda x, y: (1 - y) * x - elementary.log_sigmoid(x), logits, target)
 
 
-_PRODUCTS: dict[Any, Callable[[Node], None]] = {
+_RULES: dict[Any, Callable[[Node], None]] = {
     _aten.addmm.default: _dense,
     _aten.mm.default: _product,
-}
-_FUNCTIONS: dict[Any, Callable[[Node], None]] = {
-    _aten.tanh.default: _tanh,
     _aten.log_sigmoid_forward.default: _log_sigmoid,
     _aten.softplus.default: _softplus,
     _aten.binary_cross_entropy_with_logits.default: _cross_entropy,
@@ -197,7 +185,10 @@ _FUNCTIONS: dict[Any, Callable[[Node], None]] = {
 
 def _put(node: Node, function: Callable[..., Any], *given: Any) -> None:
     """Put a function of what is given in the place of a node."""
-    new = _written(node, function, *given)
+    _replace(node, _written(node, function, *given))
+
+
+def _replace(node: Node, new: Node) -> None:
     new.meta = dict(node.meta)
     node.replace_all_uses_with(new)
     node.graph.erase_node(node)
@@ -213,8 +204,10 @@ def _written(before: Node, function: Callable[..., Any], *given: Any) -> Node:
 
 
 def _is_float(value: Any) -> bool:
-    """Whether it is a tensor of float32 on a CPU."""
-    return isinstance(value, Tensor) and value.device.type == "cpu" and value.dtype == torch.float32
+    """Whether it is a tensor of float32 on a CPU, its sizes known."""
+    if not isinstance(value, Tensor) or not all(type(size) is int for size in value.shape):
+        return False
+    return value.device.type == "cpu" and value.dtype == torch.float32
 
 
 def _value(given: Any) -> Any:

@@ -205,9 +205,10 @@ def test_products_are_not_halved_for_other_threads(monkeypatch, threads):
 
 @needs_mkl
 def test_products_are_not_halved_where_a_side_is_neither_by_rows_nor_by_columns(two_threads):
-    x, weight, bias = of_few(20)
-    given = [x.repeat(1, 2)[:, ::2], weight, bias]
-    assert halved(layer, given)[1] == []
+    g = torch.Generator().manual_seed(3)
+    x, weight, bias = (torch.randn(shape, generator=g) for shape in ((200, 100), (90, 100), (90,)))
+    assert halved(layer, [x.t().contiguous().t(), weight, bias])[1] == [(2, 100, 90)]
+    assert halved(layer, [x.repeat_interleave(2, 1)[:, ::2], weight, bias])[1] == []
 
 
 def scaled_product(x, weight, bias):
@@ -343,12 +344,16 @@ def averaged(x, y):
     return nn.functional.binary_cross_entropy_with_logits(x, y)
 
 
+def summed(x, y):
+    return nn.functional.binary_cross_entropy_with_logits(x, y, reduction="sum")
+
+
 def steeper_softplus(x, y):
     return nn.functional.softplus(x, beta=2.0)
 
 
 @pytest.mark.parametrize(
-    "function", [weighted, positives_weighted, averaged, steeper_softplus, torch.sigmoid]
+    "function", [weighted, positives_weighted, averaged, summed, steeper_softplus, torch.sigmoid]
 )
 def test_other_functions_are_left_alone(function):
     given = points() if function is not torch.sigmoid else points()[:1]

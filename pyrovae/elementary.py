@@ -1,7 +1,7 @@
 """Elementary functions from additions and products, which a compiler makes vector instructions of.
 
-The libraries' own logarithm takes two to three times as long: it is good to the last bit, and for
-arguments that do not occur here. These are good to a few units in the last place of float32, and
+The libraries' own logarithm takes longer: it is good to the last bit, and for arguments that do
+not occur here. These are good to a few units in the last place of float32, and
 for float32 alone. The coefficients are our own, by interpolation at Chebyshev's points.
 """
 

@@ -107,9 +107,7 @@ def _put_linear(node: Node) -> None:
             torch.ops.pyrovae.linear.default,
             (x, transposed.args[0], bias, "tanh" if tanh else "none"),
         )
-    linear.meta = dict(last.meta)
-    last.replace_all_uses_with(linear)
-    node.graph.erase_node(last)
+    _replace(last, linear)
     if tanh:
         node.graph.erase_node(node)
 
@@ -135,13 +133,13 @@ def _halves(a: Any, b: Any) -> Any:
     """a b (m, n), itself row by row: its columns halved where a lies row by row, else its rows."""
     if _value(a.node).is_contiguous():
         # What follows may view the product in another shape, so its layout must not change.
-        return _by_rows(b.t(), a.t(), _value(b.node).shape[1]).t().contiguous()
-    return _by_rows(a, b, len(_value(a.node)))
+        return _by_rows(b.t(), a.t()).t().contiguous()
+    return _by_rows(a, b)
 
 
-def _by_rows(a: Any, b: Any, rows: int) -> Any:
-    halves = torch.bmm(a.unflatten(0, (2, rows // 2)), b.unsqueeze(0).expand(2, -1, -1))
-    return halves.flatten(0, 1)
+def _by_rows(a: Any, b: Any) -> Any:
+    """a b, the upper half of its rows and the lower one."""
+    return torch.bmm(a.unflatten(0, (2, -1)), b.unsqueeze(0).expand(2, -1, -1)).flatten(0, 1)
 
 
 # Elementary functions.

@@ -5,7 +5,8 @@ an optimiser for each parameter. None of that depends on the data. So the progra
 with stand-in tensors, and every operation of the bound, of its gradient and of the optimiser is
 written down (`torch.fx`) and compiled (Inductor); a CUDA graph may hold the result. Whatever
 changes between steps is an input of that graph and never a constant in it: weights, the optimiser's
-state, the batch, the noise, the learning rate, the KL weight.
+state, the batch, the learning rate, the KL weight. The noise is made within, from the run's seed
+and the number of the step.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,7 +17,7 @@ from pyro.infer import ELBO
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from pyrovae import compiling, tracing
+from pyrovae import compiling, counters, tracing
 from pyrovae.data import Split
 from pyrovae.importance import Program
 from pyrovae.objectives import KLWeight
@@ -28,7 +29,8 @@ from pyrovae.optimizers import (
     moved,
     slots,
 )
-from pyrovae.precision import networks_in
+from pyrovae.precision import networks_in, stands
+from pyrovae.streams import seed_of
 from pyrovae.tracing import Draws, NotTraceableError, Plan, Traced
 
 
@@ -56,7 +58,8 @@ class CompiledSVI:
         average: moving averages of the module's state, by name, and their decay.
         mode: "compiled", "cuda-graph", or "traced", which replays without compiling.
         precision: "fp32", "tf32" or "bf16", of the networks' matrix products and nothing else.
-        seed: of the noise: draws of z, and of x where ``split`` samples it.
+        seed: of the noise: draws of z, and of x where ``split`` samples it. A step's noise is a
+            function of this and of the step's number (`counters`).
         reduce: sums a flat tensor over all processes, in place; None: there is only this one.
 
     Raises:
@@ -111,7 +114,12 @@ class CompiledSVI:
         self._params = list(optim.named.values())
         self.device = self._params[0].device
         self.split = None if split is None else split.to(self.device)
-        self.generator = torch.Generator(self.device).manual_seed(seed)
+        # What Python decides at each step, written into one place: to make a tensor takes longer.
+        wide = self._params[0].dtype == torch.float64
+        self._row = torch.zeros(6, dtype=torch.float64 if wide else torch.float32)
+        self._numbers = self._row.numpy()
+        keys = [counters.key_of(seed_of(f"{seed}/{what}")) for what in "xz"]
+        self._keys = torch.stack(keys).to(self.device)
         self.total = torch.zeros((), dtype=torch.float64, device=self.device)
         """The losses of all steps, summed; set it to what it should start from."""
         self._averages = _averages(average, module, self._params)
@@ -146,8 +154,8 @@ class CompiledSVI:
         self._mark()
 
     def _mark(self) -> None:
-        """Remember the noise from here on, so that a step that fails can be looked at."""
-        self._marked = (self.count, self.generator.get_state())
+        """Remember the batches from here on, so that a step that fails can be looked at."""
+        self._marked = self.count
         self._since: list[Tensor] = []
 
     def step(self, batch: Tensor, images: int | None = None) -> Tensor:
@@ -157,13 +165,12 @@ class CompiledSVI:
             batch: x (B, *x_shape), or, with a split, the indices (B,) of its images.
             images: of all processes together, where there are several; default B.
         """
-        size = len(batch)
         batch = batch.contiguous()  # each process has every n-th index; kernels want a fixed layout
         step = self.prepare(batch)
-        noise = self._noise(step.plan, size)
         self.count += 1
         self._since.append(batch)
-        loss = step.run(batch, noise, self._row(images or size))
+        self._decide(images or len(batch), self.count)
+        loss = step.run(batch, self._row)
         after_step(self.optim.optimizer, self.count)
         return loss
 
@@ -190,71 +197,49 @@ class CompiledSVI:
     def failed(self) -> tuple[int, Tensor, Draws]:
         """The step that `check` complained of: its number, its x, and a handler with its noise."""
         number = int(self._health[1])
-        before, stream = self._marked
-        self.generator.set_state(stream)
-        for batch in self._since[: number - before]:
-            size = len(batch)
-            plan = self._steps[size].plan
-            noise = self._noise(plan, size)
-        x, rest = self._x(batch, noise, self._data())
-        return number, x, Draws(dict(zip(plan.noise, rest, strict=True)))
+        batch = self._since[number - self._marked - 1]
+        plan = self._steps[len(batch)].plan
+        before = torch.tensor(number - 1, dtype=torch.int32, device=self.device)
+        x, noise = self._drawn(plan, batch, self._data(), self._keys, before)
+        return number, x, Draws(noise)
 
     def save(self) -> dict[str, Any]:
         """Bring the optimiser's state up to date; returns what else a checkpoint needs."""
         for p in self._params:
             self.optim.optimizer.state[p]["step"].fill_(self.count)
-        stream = self.generator.get_state()
-        return {
-            "mode": self.mode,
-            "device": self.device.type,
-            "stream": stream,
-            "by_index": self.split is not None,
-        }
-
-    def restore(self, saved: dict[str, Any]) -> None:
-        """Take up a checkpoint, once the optimiser has; exact on the same kind of device."""
-        if saved["device"] == self.device.type:
-            self.generator.set_state(saved["stream"])
-        else:
-            self.generator.manual_seed(self.generator.initial_seed() + self.count)
-        self.bind()
+        return {"mode": self.mode, "by_index": self.split is not None}
 
     # Inputs of a step that are not state.
 
-    def _row(self, images: int, count: int | None = None) -> Tensor:
-        """What Python decides: rate, corrections, KL weight, 1 / images, 1 - averages' decay."""
+    def _decide(self, images: int, count: int) -> None:
+        """Rate, corrections, KL weight, 1 / images, 1 - averages' decay, of step ``count``."""
         optimizer = self.optim.optimizer
         weight = 1.0 if self.weight is None else self.weight.number
         lr = optimizer.param_groups[0]["lr"]
-        count = self.count if count is None else count
         decay = average_decay(self.decay, count)
-        row = (lr, *corrections(optimizer, count), weight, 1 / images, 1 - decay)
         # Rounded here, once: kernels would round and divide anew for every few weights.
-        return torch.tensor(row, dtype=self._params[0].dtype)
-
-    def _noise(
-        self, plan: Plan, size: int, generator: torch.Generator | None = None
-    ) -> list[Tensor]:
-        generator = self.generator if generator is None else generator
-        bits = None if self.split is None else self.split.noise(size, generator)
-        drawn = [] if bits is None else [bits]
-        for shape, dtype in plan.noise.values():
-            drawn.append(torch.randn(shape, dtype=dtype, device=self.device, generator=generator))
-        return drawn
+        self._numbers[:] = lr, *corrections(optimizer, count), weight, 1 / images, 1 - decay
 
     def _data(self) -> list[Tensor]:
         return [] if self.split is None else [self.split.raw]
 
-    def _x(
-        self, batch: Tensor, noise: Sequence[Tensor], data: Sequence[Tensor]
-    ) -> tuple[Tensor, Sequence[Tensor]]:
-        """x (B, *x_shape), and the noise that remains for z."""
-        if self.split is None:
-            return batch, noise
-        raw = data[0].index_select(0, batch)
-        if self.split.sampling == "fixed":
-            return self.split.sampled(raw, None), noise
-        return self.split.sampled(raw, noise[0]), noise[1:]
+    def _fixed(self) -> list[Tensor]:
+        return [*self._state, *self._traced.constants, *self._data(), self._keys]
+
+    def _drawn(
+        self,
+        plan: Plan,
+        batch: Tensor,
+        data: Sequence[Tensor],
+        keys: Tensor,
+        before: Tensor,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """x (B, *x_shape), and the noise of each draw of z, of the step after so many others."""
+        x = batch
+        if self.split is not None:
+            raw = data[0].index_select(0, batch)
+            x = self.split.sampled(raw, self.split.noise(len(batch), keys[0], before))
+        return x, plan.drawn(keys[1], before)
 
     # What is traced.
 
@@ -263,24 +248,21 @@ class CompiledSVI:
         size = len(batch)
         first = not self._steps
         with networks_in(self._module, self.precision):
-            # Not the run's own stream: a resumed run traces again, and draws what it would have.
-            stream = torch.Generator(self.device).manual_seed(0)
-            bits = None if self.split is None else self.split.noise(size, stream)
-            x, _ = self._x(batch, [] if bits is None else [bits], self._data())
+            before = torch.zeros((), dtype=torch.int32, device=self.device)
+            x, _ = self._drawn(Plan({}), batch, self._data(), self._keys, before)
             plan = self._traced.plan(x)
             if first:
                 self._traced.verify(plan, x)
                 self._traced.check_held()  # the programs have run as they are
-            noise = self._noise(plan, size, stream)
-            row = self._row(size, self.count + 1).to(self.device)  # a step 0 divides by 0
-            example = [*self._state, *self._traced.constants, *self._data(), batch, *noise, row]
-            keys = list(plan.noise)
+            self._decide(size, self.count + 1)  # a step 0 divides by 0
+            row = self._row.to(self.device)
+            example = [*self._fixed(), batch, row]
             if self.reduce is None:
-                graphs = [tracing.trace(lambda *flat: self._whole(flat, keys), *example)]
+                graphs = [tracing.trace(lambda *flat: self._whole(flat, plan), *example)]
             else:
                 vector = torch.zeros(1 + sum(p.numel() for p in self._params), device=self.device)
                 graphs = [
-                    tracing.trace(lambda *flat: self._local(flat, keys), *example),
+                    tracing.trace(lambda *flat: self._local(flat, plan), *example),
                     tracing.trace(self._apply, *self._state, vector, row),
                 ]
         mode = "traced" if self.mode == "compiled" and not first else self.mode
@@ -288,24 +270,24 @@ class CompiledSVI:
         # A graph keeps the kernels that the switches chose when it was captured.
         with networks_in(None, self.precision):
             if first and mode != "traced":
-                step.compile(batch, noise, row)
+                step.compile(batch, row)
             try:
-                step.capture(batch, noise, row)
+                step.capture(batch, row)
             except NotTraceableError:
                 if first:
                     raise
                 return _Step(self, plan, graphs, "traced")  # slower, of a few batches alone
         return step
 
-    def _whole(self, flat: Sequence[Tensor], keys: list[str]) -> Tensor:
+    def _whole(self, flat: Sequence[Tensor], plan: Plan) -> Tensor:
         """The whole step: the loss, its gradient, and the update, in place."""
-        loss, grads = self._loss_and_grads(flat, keys)
+        loss, grads = self._loss_and_grads(flat, plan)
         self._update(flat[: len(self._state)], loss, grads, flat[-1])
         return loss
 
-    def _local(self, flat: Sequence[Tensor], keys: list[str]) -> Tensor:
+    def _local(self, flat: Sequence[Tensor], plan: Plan) -> Tensor:
         """This process's share: loss and gradients as one vector."""
-        loss, grads = self._loss_and_grads(flat, keys)
+        loss, grads = self._loss_and_grads(flat, plan)
         self._unused = [g is None for g in grads]
         whole = zip(self._params, grads, strict=True)
         parts = [torch.zeros_like(p) if g is None else g for p, g in whole]
@@ -326,16 +308,14 @@ class CompiledSVI:
         return loss.clone()
 
     def _loss_and_grads(
-        self, flat: Sequence[Tensor], keys: list[str]
+        self, flat: Sequence[Tensor], plan: Plan
     ) -> tuple[Tensor, Sequence[Tensor | None]]:
-        traced, data = self._traced, self._data()
-        params, rest = flat[: len(self._params)], flat[len(self._state) :]
-        constants, rest = rest[: len(traced.constants)], rest[len(traced.constants) :]
-        raw, rest = rest[: len(data)], rest[len(data) :]
-        batch, noise, row = rest[0], rest[1:-1], rest[-1]
-        x, noise = self._x(batch, noise, raw)
-        draws = dict(zip(keys, noise, strict=True))
-        return traced.loss_and_grads(params, constants, x, draws, row[3])
+        state, rest = flat[: len(self._state)], flat[len(self._state) :]
+        constants, rest = rest[: len(self._traced.constants)], rest[len(self._traced.constants) :]
+        *data, keys, batch, row = rest
+        before = state[-1][0].to(torch.int32)
+        x, noise = self._drawn(plan, batch, data, keys, before)
+        return self._traced.loss_and_grads(state[: len(self._params)], constants, x, noise, row[3])
 
     def _update(
         self, state: Sequence[Tensor], loss: Tensor, grads: Sequence[Tensor | None], row: Tensor
@@ -396,10 +376,10 @@ class _Step:
         self._traced = graphs
         self._graphs: list[Callable[..., Tensor]] = list(graphs)
         self._capture = mode == "cuda-graph" and svi.reduce is None
-        self._fixed = [*svi._state, *svi._traced.constants, *svi._data()]
+        self._fixed = svi._fixed()
         self._replay: Callable[..., Tensor] | None = None
 
-    def compile(self, batch: Tensor, noise: list[Tensor], row: Tensor) -> None:
+    def compile(self, batch: Tensor, row: Tensor) -> None:
         """Compile, and hold what was compiled against what was traced, on copies of the state.
 
         Raises:
@@ -413,7 +393,7 @@ class _Step:
         ]
         for compile_it in (False, True):
             state = [t.clone() for t in self.svi._state]
-            inputs, out = [*state, *rest, batch, *noise, row], row
+            inputs, out = [*state, *rest, batch, row], row
             for i, graph in enumerate(self._traced):
                 if compile_it:
                     self._graphs[i] = compiling.compiled(graph, inputs)
@@ -428,7 +408,7 @@ class _Step:
                 "a result of the compiled step", ours, theirs, "the traced one's", tolerance
             )
 
-    def capture(self, batch: Tensor, noise: list[Tensor], row: Tensor) -> None:
+    def capture(self, batch: Tensor, row: Tensor) -> None:
         """Capture the step in a CUDA graph, if it is to be replayed from one.
 
         Raises:
@@ -436,24 +416,28 @@ class _Step:
         """
         if self._capture:
             try:
-                self._captured(batch, noise, row)
+                self._captured(batch, row)
             except RuntimeError as error:
                 reason = str(error).strip().split("\n")[0]
                 raise NotTraceableError(f"the step cannot be captured: {reason}") from error
 
-    def run(self, batch: Tensor, noise: list[Tensor], row: Tensor) -> Tensor:
+    def run(self, batch: Tensor, row: Tensor) -> Tensor:
         """One step; the loss summed over the batch."""
         if self._capture:
-            return self._captured(batch, noise, row)(batch, *noise, row)
+            return self._captured(batch, row)(batch, row)
+        row = row.to(self.svi.device, non_blocking=True)
         # Products read the switch for tf32 when they run (a captured one has chosen its kernels);
-        # bf16 is in the graph.
+        # bf16 is in the graph. To turn it takes a hundredth of a small step.
+        if stands(self.svi.precision, row.device):
+            with torch.no_grad():
+                return self._call(batch, row)
         with torch.no_grad(), networks_in(None, self.svi.precision):
-            return self._call(batch, *noise, row.to(self.svi.device, non_blocking=True))
+            return self._call(batch, row)
 
-    def _captured(self, batch: Tensor, noise: list[Tensor], row: Tensor) -> Callable[..., Tensor]:
+    def _captured(self, batch: Tensor, row: Tensor) -> Callable[..., Tensor]:
         if self._replay is None:
             with compiling.quiet_compiler():
-                self._replay = compiling.captured(self._call, self.svi._state, [batch, *noise, row])
+                self._replay = compiling.captured(self._call, self.svi._state, [batch, row])
         return self._replay
 
     def _call(self, *inputs: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyrovae import sources, sprites
+from pyrovae import counters, sources, sprites
 from pyrovae.errors import InputError
 from pyrovae.sources import Source
 
@@ -178,22 +178,14 @@ class Split:
         """The same split held on ``device``; ``batch`` then wants index and generator there."""
         return replace(self, raw=self.raw.to(device))
 
-    def noise(self, n: int, generator: torch.Generator) -> Tensor | None:
-        """Random integers that ``sampled`` turns ``n`` images into x with; None for a fixed split.
+    def noise(self, n: int, key: Tensor, number: Tensor) -> Tensor | None:
+        """The integers that ``sampled`` turns ``n`` images into x with; None for a fixed split.
 
-        Cheaper than uniform numbers: each 64-bit draw is cut into four of 16 bits. (A GPU counts
-        kernels rather than bits: there they are drawn as they are wanted, in one.)
+        A function of the key (2,) and of the number (), a counter of steps: `counters.integers`.
         """
         if self.sampling == "fixed":
             return None
-        if generator.device.type == "cuda":
-            bits = torch.empty((n, *self.x_shape), dtype=torch.int32, device=generator.device)
-            return bits.random_(-(2**15), 2**15, generator=generator)
-        numbers = n * self.raw[0].numel()
-        words = torch.empty(-(-numbers // 4), dtype=torch.int64, device=generator.device)
-        words.random_(-(2**63), None, generator=generator)
-        # As 32-bit integers, for which compilers have vector instructions.
-        return words.view(torch.int16)[:numbers].to(torch.int32).view(n, *self.x_shape)
+        return counters.integers(key, number, n, self.x_shape)
 
     def sampled(self, raw: Tensor, noise: Tensor | None) -> Tensor:
         """The x of ``raw`` levels as a function of noise, distributed as those of ``batch``.

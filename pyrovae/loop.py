@@ -248,12 +248,7 @@ class Loop:
 
     def _streams(self) -> dict[str, Any]:
         """The random streams of this process."""
-        compiled = isinstance(self.engine, CompiledSVI)
-        return {
-            "data_stream": self.generator.get_state(),
-            **self._torch_streams(),
-            "engine_stream": self.engine.generator.get_state() if compiled else None,
-        }
+        return {"data_stream": self.generator.get_state(), **self._torch_streams()}
 
     def _torch_streams(self) -> dict[str, Any]:
         """Those that a step of SVI draws from."""
@@ -303,15 +298,13 @@ class Loop:
         engine = saved.get("engine")
         if isinstance(self.engine, CompiledSVI) != (engine is not None):
             raise InputError(f"{self.run.last} was trained with another --engine; resume with that")
-        streams = self._own_streams(saved)
-        if isinstance(self.engine, CompiledSVI) and engine is not None:
-            if streams is not saved and streams is not None:
-                engine = {**engine, "stream": streams["engine_stream"]}
-            self.engine.restore(engine if streams is not None else {**engine, "device": "other"})
+        if isinstance(self.engine, CompiledSVI):
+            self.engine.bind()
             self.engine.total.fill_(self.state.loss_sum)
         if self.run.best.exists():
             best = load_checkpoint(self.run.best, self.device)
             self.best = best["model"]
+        streams = self._own_streams(saved)
         if streams is None:
             return
         self._resumed_stream = streams["data_stream"]

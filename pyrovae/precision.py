@@ -30,6 +30,12 @@ def networks_in(module: Any, precision: str) -> Iterator[None]:
         yield
 
 
+def stands(precision: str, device: torch.device) -> bool:
+    """Whether torch's switches stand as `networks_in` would turn them for products on a CPU."""
+    wanted = "high" if precision == "tf32" else "highest"
+    return device.type == "cpu" and torch.get_float32_matmul_precision() == wanted
+
+
 @contextmanager
 def _rounding(module: Any) -> Iterator[None]:
     """Let the layers of a module compute in bfloat16; None: nobody's."""

@@ -22,6 +22,7 @@ from torch.distributions import biject_to, kl_divergence
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from pyrovae import counters
 from pyrovae.errors import InputError
 from pyrovae.importance import LogTerms, Program, is_bookkeeping, isolated_params, log_terms
 from pyrovae.objectives import KLWeight
@@ -38,6 +39,19 @@ class Plan(NamedTuple):
 
     noise: dict[str, tuple[torch.Size, torch.dtype]]
     """A draw of a latent site -> shape and dtype of its standard-normal noise."""
+
+    def drawn(self, key: Tensor, number: Tensor) -> dict[str, Tensor]:
+        """That noise, as a function of a key (2,) and of a counter of steps ()."""
+        if not self.noise:
+            return {}
+        sizes = [shape.numel() for shape, _ in self.noise.values()]
+        exact = any(dtype == torch.float64 for _, dtype in self.noise.values())
+        # All at once: there is one stream of numbers, and on a GPU one kernel.
+        numbers = counters.normals(
+            key, number, sum(sizes), torch.float64 if exact else torch.float32
+        )
+        wanted = zip(self.noise.items(), numbers.split(sizes), strict=True)
+        return {name: part.view(shape).to(dtype) for (name, (shape, dtype)), part in wanted}
 
 
 class Draws(Messenger):

@@ -15,7 +15,7 @@ from test_grid import GRID, is_valid, settings
 from tiny import tiny_config, tiny_data, tiny_hierarchy, tiny_vae, traced_svi
 from torch import nn
 
-from pyrovae import compiled_terms, compiling, engines, objectives, tracing
+from pyrovae import compiled_terms, compiling, counters, engines, objectives, tracing
 from pyrovae import config as cfg
 from pyrovae.acceleration import CompiledSVI
 from pyrovae.compiled_terms import CompiledTerms
@@ -111,15 +111,14 @@ def assert_traced_is_pyros(config):
             assert float(error) <= 1e-4 * float(p.grad.norm()) + 1e-5, name
 
 
-def reference_steps(vae, split, objective, optim, batches, noises, rows):
+def reference_steps(vae, objective, optim, drawn, rows):
     """The same steps by `pyro.infer.SVI`; ``rows`` are learning rate and KL weight of each."""
-    weight = KLWeight().to(split.raw.device)
+    weight = KLWeight().to(next(vae.parameters()).device)
     model, guide = objectives.with_handlers(vae.model, vae.guide, objective, weight=weight)
     svi = SVI(model, guide, optim, loss=objective)
     losses = []
-    for index, (bits, noise), (lr, kl) in zip(batches, noises, rows, strict=True):
-        x = split.sampled(split.raw.index_select(0, index), bits)
-        optim.begin(lr, len(index))
+    for (x, noise), (lr, kl) in zip(drawn, rows, strict=True):
+        optim.begin(lr, len(x))
         weight.set(kl)
         with Draws(noise):
             losses.append(svi.step(x))
@@ -127,20 +126,18 @@ def reference_steps(vae, split, objective, optim, batches, noises, rows):
 
 
 class Recorder(CompiledSVI):
-    """Keeps the noise of every step."""
+    """Keeps x and the noise of every step."""
 
     def __init__(self, *args, **kwargs):
         self.drawn = []
         super().__init__(*args, **kwargs)
 
-    def _noise(self, plan, size, generator=None):
-        noise = super()._noise(plan, size, generator)
-        if self.recording:
-            bits, rest = (None, noise) if self.split.sampling == "fixed" else (noise[0], noise[1:])
-            self.drawn.append((bits, dict(zip(plan.noise, rest, strict=True))))
-        return noise
-
-    recording = False
+    def step(self, batch, images=None):
+        before = torch.tensor(self.count, dtype=torch.int32, device=self.device)
+        bits = self.split.noise(len(batch), self._keys[0], before)
+        x = self.split.sampled(self.split.raw.index_select(0, batch), bits)
+        self.drawn.append((x, self.prepare(batch).plan.drawn(self._keys[1], before)))
+        return super().step(batch, images)
 
 
 CASES = {
@@ -190,7 +187,6 @@ def both_ways(
     for index in (batches[0], batches[9]):
         optim.begin(1.0, 7)
         svi.prepare(index)
-    svi.recording = True
     losses = []
     before = torch.get_rng_state()
     for index, (lr, kl) in zip(batches, rows, strict=True):
@@ -200,7 +196,7 @@ def both_ways(
     svi.check()
     assert torch.equal(before, torch.get_rng_state())  # an explicit generator
     other = WholeModelOptimizer(theirs.named_parameters(), **options)
-    expected = reference_steps(theirs, data.train, objective, other, batches, svi.drawn, rows)
+    expected = reference_steps(theirs, objective, other, svi.drawn, rows)
     return svi, losses, expected, ours, theirs, optim, other, average
 
 
@@ -713,11 +709,11 @@ def test_bits_binarise_with_the_levels_probabilities():
 
     raw = torch.arange(256, dtype=torch.uint8).repeat(8, 1)
     split = data.from_array(raw, binarize="dynamic", valid_size=1, test_size=1).train
-    stream = torch.Generator().manual_seed(0)
+    key = counters.key_of(0)
     count = 3000
     total = torch.zeros(256)
-    for _ in range(count):
-        total += split.sampled(split.raw, split.noise(len(split), stream)).sum(0)
+    for step in torch.arange(count, dtype=torch.int32):
+        total += split.sampled(split.raw, split.noise(len(split), key, step)).sum(0)
     n = count * len(split)
     p = split.raw[0].double() / 255
     assert total[0] == 0 and total[255] == n
@@ -740,9 +736,9 @@ def test_bits_dequantise_within_the_level():
 
     raw = torch.arange(256, dtype=torch.uint8).repeat(6, 1)
     split = data.from_array(raw, dequantize="uniform", valid_size=1, test_size=1).train
-    stream = torch.Generator().manual_seed(0)
+    key, steps = counters.key_of(0), torch.arange(500, dtype=torch.int32)
     ys = torch.stack(
-        [split.sampled(split.raw, split.noise(len(split), stream)) for _ in range(500)]
+        [split.sampled(split.raw, split.noise(len(split), key, step)) for step in steps]
     )
     assert torch.equal((ys * 256).floor(), split.raw.float().expand_as(ys))
     u = (ys * 256 - split.raw).flatten().double()
@@ -1035,12 +1031,13 @@ def test_a_loaded_checkpoint_is_written_into_the_tensors_that_are_held():
     svi = traced_svi(vae, optim, split=data.train)
     svi.step(torch.arange(6))
     held = [t.data_ptr() for t in svi._state]
-    saved, state = svi.save(), copy.deepcopy(optim.state_dict())
+    svi.save()
+    state = copy.deepcopy(optim.state_dict())
     values = [t.clone() for t in svi._state]
     for _ in range(3):
         svi.step(torch.arange(6))
     optim.load_state_dict(state)
-    svi.restore(saved)
+    svi.bind()
     assert [t.data_ptr() for t in svi._state] == held
     count = len(list(vae.parameters()))
     moments = sum(len(slots) for slots in svi._bound)

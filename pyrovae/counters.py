@@ -1,0 +1,80 @@
+"""Random numbers as a function of a key and of counters: nothing is drawn, and no state is kept.
+
+A step's noise is the same on every device, in whatever order its parts are made. So it may be
+made within a compiled graph, by all threads, and a run that is taken up again needs no stream.
+"""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+# The rotations of Threefry-2x32, and what the third word of its key is made with.
+_ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
+_PARITY = 0x1BD11BDA
+_ROUNDS = 20
+
+
+def key_of(seed: int) -> Tensor:
+    """The key of a seed: two words of 32 bits, (2,), of its lowest 64."""
+    words = [seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF]
+    return torch.tensor([word - (word >> 31 << 32) for word in words], dtype=torch.int32)
+
+
+def threefry(key: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """Two words of 32 random bits for each counter (first, second): Threefry-2x32, 20 rounds.
+
+    Args:
+        key: (2,), of `torch.int32`, as are the counters.
+        first: a counter, of any shape.
+        second: another one, which broadcasts with it.
+
+    Source: Salmon, Moraes, Dror and Shaw, Parallel random numbers: as easy as 1, 2, 3 (2011),
+    https://doi.org/10.1145/2063384.2063405
+
+    >>> zero = torch.zeros((), dtype=torch.int32)
+    >>> [hex(int(word) % 2**32) for word in threefry(key_of(0), zero, zero)]
+    ['0x6b200159', '0x99ba4efe']
+    """
+    keys = (key[0], key[1], key[0] ^ key[1] ^ _PARITY)
+    a, b = first + keys[0], second + keys[1]
+    for group in range(_ROUNDS // 4):
+        for rotation in _ROTATIONS[group % 2]:
+            a = a + b
+            b = _rotated(b, rotation) ^ a
+        a = a + keys[(group + 1) % 3]
+        b = b + keys[(group + 2) % 3] + (group + 1)
+    return a, b
+
+
+def integers(key: Tensor, number: Tensor, count: int, shape: Iterable[int]) -> Tensor:
+    """Uniform on [-2^15, 2^15): (count, *shape), of `torch.int32`; others for each ``number``."""
+    # Each counter gives four: a quarter of the rows has the low half of the first word, and so on.
+    quarter = -(-count // 4)
+    a, b = threefry(key, _index(quarter * math.prod(shape), key).view(quarter, *shape), number)
+    # Shifted up and down again, for a shift to the right repeats the sign.
+    return torch.cat([a << 16 >> 16, a >> 16, b << 16 >> 16, b >> 16])[:count]
+
+
+def normals(key: Tensor, number: Tensor, count: int, dtype: torch.dtype) -> Tensor:
+    """Standard-normal numbers (count,), others for each ``number``; none is larger than 6.7.
+
+    By the polar form of Box and Muller (1958), https://doi.org/10.1214/aoms/1177706645: the square
+    of the radius is exponential, the angle uniform.
+    """
+    a, b = threefry(key, _index(-(-count // 2), key), number)
+    # 31 bits: as a float, a word that is near 0 keeps all of them, and the tail is as it should be.
+    u = ((a & 0x7FFFFFFF).to(dtype) + 0.5) * 2.0**-31
+    radius = (-2.0 * u.log()).sqrt()
+    angle = b.to(dtype) * (math.pi * 2.0**-31)
+    return torch.cat([radius * angle.cos(), radius * angle.sin()])[:count]
+
+
+def _index(count: int, like: Tensor) -> Tensor:
+    return torch.arange(count, dtype=torch.int32, device=like.device)
+
+
+def _rotated(x: Tensor, by: int) -> Tensor:
+    """The bits turned to the left; a shift to the right repeats the sign, which is masked."""
+    return (x << by) | ((x >> (32 - by)) & (2**by - 1))

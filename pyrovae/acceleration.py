@@ -58,8 +58,9 @@ class CompiledSVI:
         average: moving averages of the module's state, by name, and their decay.
         mode: "compiled", "cuda-graph", or "traced", which replays without compiling.
         precision: "fp32", "tf32" or "bf16", of the networks' matrix products and nothing else.
-        seed: of the noise: draws of z, and of x where ``split`` samples it. A step's noise is a
-            function of this and of the step's number (`counters`).
+        seed: of the noise, which is a function of it and of the step's number (`counters`): draws
+            of x where ``split`` samples it, and of the sites that are made of normals. Other sites
+            draw from torch's own stream.
         reduce: sums a flat tensor over all processes, in place; None: there is only this one.
 
     Raises:
@@ -115,8 +116,9 @@ class CompiledSVI:
         self.device = self._params[0].device
         self.split = None if split is None else split.to(self.device)
         # What Python decides at each step, written into one place: to make a tensor takes longer.
+        # In memory that is not pinned, which a copy to a GPU has read when it returns.
         wide = self._params[0].dtype == torch.float64
-        self._row = torch.zeros(6, dtype=torch.float64 if wide else torch.float32)
+        self._row = torch.zeros(6, dtype=torch.float64 if wide else torch.float32, device="cpu")
         self._numbers = self._row.numpy()
         keys = [counters.key_of(seed_of(f"{seed}/{what}")) for what in "xz"]
         self._keys = torch.stack(keys).to(self.device)
@@ -129,8 +131,13 @@ class CompiledSVI:
         self._health = torch.zeros(2, dtype=torch.int64, device=self.device)
         self.bind()
 
-    def bind(self) -> None:
-        """Take up the optimiser's state as it is; to be called after a checkpoint is loaded."""
+    def bind(self, count: int | None = None) -> None:
+        """Take up the optimiser's state as it is; to be called after a checkpoint is loaded.
+
+        Args:
+            count: of the steps taken so far; by default the optimiser's, which is in float32, and
+                so stands still from 16.8 million on.
+        """
         optimizer = self.optim.optimizer
         moments = [slots(optimizer, p) for p in self._params]
         if self._bound:  # what is captured holds these very tensors
@@ -139,8 +146,9 @@ class CompiledSVI:
             moments = self._bound
         self._bound = moments
         self._moments = [len(each) for each in moments]
-        self.count = max((int(optimizer.state[p]["step"]) for p in self._params), default=0)
-        """Steps taken so far, by the optimiser's count."""
+        counts = (int(optimizer.state[p]["step"]) for p in self._params)
+        self.count = max(counts, default=0) if count is None else count
+        """Steps taken so far."""
         # Steps taken, as the device counts them, and the number of the first that failed, or 0.
         self._health.copy_(torch.tensor([self.count, 0]))
         # What a step changes, in place: aliases of what module and optimiser hold.
@@ -167,10 +175,10 @@ class CompiledSVI:
         """
         batch = batch.contiguous()  # each process has every n-th index; kernels want a fixed layout
         step = self.prepare(batch)
+        self._decide(images or len(batch), self.count + 1)
+        loss = step.run(batch, self._row)
         self.count += 1
         self._since.append(batch)
-        self._decide(images or len(batch), self.count)
-        loss = step.run(batch, self._row)
         after_step(self.optim.optimizer, self.count)
         return loss
 
@@ -195,11 +203,14 @@ class CompiledSVI:
         self._mark()
 
     def failed(self) -> tuple[int, Tensor, Draws]:
-        """The step that `check` complained of: its number, its x, and a handler with its noise."""
+        """The step that `check` complained of: its number, its x, and a handler with its noise.
+
+        The noise of sites made of normals, as above.
+        """
         number = int(self._health[1])
         batch = self._since[number - self._marked - 1]
         plan = self._steps[len(batch)].plan
-        before = torch.tensor(number - 1, dtype=torch.int32, device=self.device)
+        before = (self._health[1] - 1).to(torch.int32)
         x, noise = self._drawn(plan, batch, self._data(), self._keys, before)
         return number, x, Draws(noise)
 
@@ -207,7 +218,7 @@ class CompiledSVI:
         """Bring the optimiser's state up to date; returns what else a checkpoint needs."""
         for p in self._params:
             self.optim.optimizer.state[p]["step"].fill_(self.count)
-        return {"mode": self.mode, "by_index": self.split is not None}
+        return {"mode": self.mode, "by_index": self.split is not None, "count": self.count}
 
     # Inputs of a step that are not state.
 
@@ -315,7 +326,8 @@ class CompiledSVI:
         *data, keys, batch, row = rest
         before = state[-1][0].to(torch.int32)
         x, noise = self._drawn(plan, batch, data, keys, before)
-        return self._traced.loss_and_grads(state[: len(self._params)], constants, x, noise, row[3])
+        params, weight = state[: len(self._params)], row.to(state[0].dtype)[3]
+        return self._traced.loss_and_grads(params, constants, x, noise, weight)
 
     def _update(
         self, state: Sequence[Tensor], loss: Tensor, grads: Sequence[Tensor | None], row: Tensor
@@ -325,6 +337,7 @@ class CompiledSVI:
         moments = [[next(rest) for _ in range(count)] for count in self._moments]
         averages = [None if average is None else next(rest) for average in self._averages]
         total, health = rest
+        row = row.to(params[0].dtype)  # of 16 bits perhaps, which Python's numbers were not
         lr, corrections, scale, renewal = row[0], (row[1], row[2]), row[4], row[5]
         square: Any = sum(_sum((g * scale).square()) for g in grads if g is not None)
         norm = square.sqrt()

@@ -1,11 +1,12 @@
 """Random numbers as a function of a key and of counters: nothing is drawn, and no state is kept.
 
-A step's noise is the same on every device, in whatever order its parts are made. So it may be
-made within a compiled graph, by all threads, and a run that is taken up again needs no stream.
+A step's noise is the same on every device, in whatever order its parts are made (normal numbers
+but for rounding). So it may be made within a compiled graph, by all threads, and a run that is
+taken up again needs no stream for it.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -19,7 +20,8 @@ _ROUNDS = 20
 def key_of(seed: int) -> Tensor:
     """The key of a seed: two words of 32 bits, (2,), of its lowest 64."""
     words = [seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF]
-    return torch.tensor([word - (word >> 31 << 32) for word in words], dtype=torch.int32)
+    signed = [word - (word >> 31 << 32) for word in words]
+    return torch.tensor(signed, dtype=torch.int32, device="cpu")
 
 
 def threefry(key: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
@@ -48,7 +50,7 @@ def threefry(key: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor
     return a, b
 
 
-def integers(key: Tensor, number: Tensor, count: int, shape: Iterable[int]) -> Tensor:
+def integers(key: Tensor, number: Tensor, count: int, shape: Sequence[int]) -> Tensor:
     """Uniform on [-2^15, 2^15): (count, *shape), of `torch.int32`; others for each ``number``."""
     # Each counter gives four: a quarter of the rows has the low half of the first word, and so on.
     quarter = -(-count // 4)

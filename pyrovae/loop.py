@@ -251,7 +251,7 @@ class Loop:
         return {"data_stream": self.generator.get_state(), **self._torch_streams()}
 
     def _torch_streams(self) -> dict[str, Any]:
-        """Those that a step of SVI draws from."""
+        """Those that a step of SVI draws from, and within a compiled one what is not of normals."""
         cuda = self.device.type == "cuda"
         return {
             "torch_stream": torch.get_rng_state(),
@@ -299,7 +299,7 @@ class Loop:
         if isinstance(self.engine, CompiledSVI) != (engine is not None):
             raise InputError(f"{self.run.last} was trained with another --engine; resume with that")
         if isinstance(self.engine, CompiledSVI):
-            self.engine.bind()
+            self.engine.bind(None if engine is None else engine.get("count"))
             self.engine.total.fill_(self.state.loss_sum)
         if self.run.best.exists():
             best = load_checkpoint(self.run.best, self.device)

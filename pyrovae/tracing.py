@@ -46,7 +46,7 @@ class Plan(NamedTuple):
             return {}
         sizes = [shape.numel() for shape, _ in self.noise.values()]
         exact = any(dtype == torch.float64 for _, dtype in self.noise.values())
-        # All at once: there is one stream of numbers, and on a GPU one kernel.
+        # All at once: one stream of numbers, and where it is compiled for a GPU one kernel.
         numbers = counters.normals(
             key, number, sum(sizes), torch.float64 if exact else torch.float32
         )

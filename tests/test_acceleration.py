@@ -15,7 +15,16 @@ from test_grid import GRID, is_valid, settings
 from tiny import tiny_config, tiny_data, tiny_hierarchy, tiny_vae, traced_svi
 from torch import nn
 
-from pyrovae import compiled_terms, compiling, counters, engines, objectives, tracing
+from pyrovae import (
+    compiled_terms,
+    compiling,
+    counters,
+    engines,
+    objectives,
+    processes,
+    tracing,
+    training,
+)
 from pyrovae import config as cfg
 from pyrovae.acceleration import CompiledSVI
 from pyrovae.compiled_terms import CompiledTerms
@@ -28,6 +37,7 @@ from pyrovae.objectives import KLWeight
 from pyrovae.optimizers import WholeModelOptimizer
 from pyrovae.precision import networks_in
 from pyrovae.proposals import Proposal
+from pyrovae.runs import load_checkpoint, save_checkpoint
 from pyrovae.tracing import Draws, NotTraceableError, Traced
 from pyrovae.training import fit
 
@@ -194,7 +204,7 @@ def both_ways(
         weight.set(kl)
         losses.append(float(svi.step(index)))
     svi.check()
-    assert torch.equal(before, torch.get_rng_state())  # an explicit generator
+    assert torch.equal(before, torch.get_rng_state())  # whose noise is its own
     other = WholeModelOptimizer(theirs.named_parameters(), **options)
     expected = reference_steps(theirs, objective, other, svi.drawn, rows)
     return svi, losses, expected, ours, theirs, optim, other, average
@@ -533,6 +543,91 @@ def test_a_step_that_fails_changes_nothing_and_is_found_again():
     assert trace.nodes["z"]["value"].isnan().any(-1).tolist() == [i == 2 for i in range(8)]
 
 
+@pytest.mark.parametrize("size", [7, 4])
+def test_a_failed_step_is_met_again_with_its_x_and_its_noise(size):
+    """After steps that were found fine, in batches of two sizes, sampled within the graph."""
+    vae, data = tiny_vae()
+    optim = WholeModelOptimizer(vae.named_parameters())
+    elbo = objectives.elbo()
+    svi = Recorder(
+        vae.model, vae.guide, optim, elbo, module=vae, split=data.train, mode="traced", seed=5
+    )
+    for n in (7, 4, 7):
+        svi.step(torch.arange(n))
+    svi.check()
+    svi.step(torch.arange(11 - size))
+    with torch.no_grad():
+        next(vae.parameters()).view(-1)[0] = math.nan
+    for n in (size, 11 - size):
+        svi.step(torch.arange(2, 2 + n))
+    with pytest.raises(FloatingPointError, match="step 5"):
+        svi.check()
+    number, x, draws = svi.failed()
+    expected_x, expected_noise = svi.drawn[4]
+    assert number == 5 and torch.equal(x, expected_x)
+    assert list(draws.noise) == list(expected_noise) == ["z/1"]
+    assert torch.equal(draws.noise["z/1"], expected_noise["z/1"])
+    assert not torch.equal(expected_noise["z/1"], svi.drawn[3][1]["z/1"][:1].expand(size, -1))
+
+
+def test_every_seed_has_streams_of_its_own_for_x_and_for_z():
+    """Two seeds that differ above 32 bits too; the noise of the first step is compared itself."""
+    keys, losses = [], []
+    for seed in (0, 1, 2**40, 0):
+        vae, data = tiny_vae()
+        optim = WholeModelOptimizer(vae.named_parameters())
+        svi = traced_svi(vae, optim, split=data.train, seed=seed)
+        losses.append(float(svi.step(torch.arange(8))))
+        keys.append([tuple(key) for key in svi._keys.tolist()])
+    assert len({key for pair in keys for key in pair}) == 6
+    assert keys[0] == keys[3] and losses[0] == losses[3]
+    assert len(set(losses)) == 3
+
+
+def test_every_process_has_noise_of_its_own(monkeypatch):
+    seeds = []
+
+    class Seen(CompiledSVI):
+        def __init__(self, *args, seed, **options):
+            seeds.append(seed)
+            super().__init__(*args, seed=seed, **options)
+
+    monkeypatch.setattr(training, "CompiledSVI", Seen)
+    for rank in (0, 1, 2):
+        monkeypatch.setattr(processes, "rank", lambda rank=rank: rank)
+        vae, data = tiny_vae()
+        fit(vae, data, epochs=1, batch_size=8, engine="traced", seed=3, progress=False)
+    assert len(set(seeds)) == 3
+
+
+def test_the_count_of_steps_is_exact_where_the_optimisers_is_not(tmp_path):
+    """Its count is in float32, which has no 2^24 + 1; a step's noise follows from its number."""
+    vae, data = tiny_vae()
+    options = {"batch_size": 8, "engine": "traced", "run": tmp_path, "progress": False}
+    fit(vae, data, epochs=1, **options)
+    last = tmp_path / "checkpoints/last.pt"
+    saved = load_checkpoint(last)
+    assert saved["engine"]["count"] == 3
+    saved["engine"]["count"] = 2**24 + 1
+    for state in saved["optimizer"]["state"].values():
+        state["step"].fill_(2**24)
+    save_checkpoint(last, saved)
+    fit(vae, data, epochs=2, resume=True, **options)
+    assert load_checkpoint(last)["engine"]["count"] == 2**24 + 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_parameters_of_another_precision_are_trained(dtype):
+    vae, data = tiny_vae(binarize="none", likelihood="gaussian")
+    vae.to(dtype)
+    optim = WholeModelOptimizer(vae.named_parameters(), "adamax", lr=1e-2)
+    svi = traced_svi(vae, optim)
+    x = data.train.batch(torch.arange(8)).to(dtype)
+    losses = [float(svi.step(x)) for _ in range(20)]
+    svi.check()
+    assert losses[-1] < losses[0] and all(p.dtype == dtype for p in vae.parameters())
+
+
 def test_fit_names_the_step_and_the_site():
     vae, data = tiny_vae()
     with torch.no_grad():
@@ -679,6 +774,25 @@ def test_a_compiled_step_runs_its_products_in_tf32(monkeypatch):
     step._call = lambda *args: seen.append(torch.get_float32_matmul_precision()) or call(*args)
     svi.step(torch.arange(4))
     assert seen == ["high"]
+
+
+def test_a_step_in_fp32_is_that_whatever_the_switch_says():
+    """The switch is asked, not taken for granted, and put back as it was."""
+    vae, data = tiny_vae()
+    optim = WholeModelOptimizer(vae.named_parameters())
+    svi = traced_svi(vae, optim, split=data.train)
+    step, seen = svi.prepare(torch.arange(4)), []
+    call = step._call
+    step._call = lambda *args: seen.append(torch.get_float32_matmul_precision()) or call(*args)
+    before = torch.get_float32_matmul_precision()
+    try:
+        for outside in ("highest", "medium"):
+            torch.set_float32_matmul_precision(outside)
+            svi.step(torch.arange(4))
+            assert torch.get_float32_matmul_precision() == outside
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert seen == ["highest", "highest"]
 
 
 def test_bf16_leaves_no_trace_on_the_layers():

@@ -174,13 +174,14 @@ def test_shards_of_an_evaluation_give_the_numbers_of_one_process(trained):
 
 
 @pytest.mark.slow
-def test_resuming_several_processes_is_exact(trained):
-    folder, _ = trained
-    for epochs, more in ((3, []), (12, ["--resume"])):
-        command = [*TRAIN, "--epochs", epochs, "--out", folder / "parts", *more]
-        status, _, err = finish(launch(command))
+@pytest.mark.parametrize("engine", ["svi", "traced"])
+def test_resuming_several_processes_is_exact(tmp_path, engine):
+    command = [*TRAIN, "--engine", engine]
+    for name, epochs, more in (("two", 6, []), ("parts", 2, []), ("parts", 6, ["--resume"])):
+        out = tmp_path / name
+        status, _, err = finish(launch([*command, "--epochs", epochs, "--out", out, *more]))
         assert status == 0, err
-    whole, parts = (load_checkpoint(folder / n / "checkpoints/last.pt") for n in ("two", "parts"))
+    whole, parts = (load_checkpoint(tmp_path / n / "checkpoints/last.pt") for n in ("two", "parts"))
     for name, t in whole["model"].items():
         assert torch.equal(t, parts["model"][name]), name
 

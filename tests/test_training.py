@@ -246,7 +246,10 @@ def test_a_compiled_run_goes_on_without_a_compiler(tmp_path, monkeypatch):
     fit(vae, data, epochs=1, engine="traced", run=tmp_path)
     last = Run(tmp_path).last
     saved = load_checkpoint(last)
-    saved["engine"]["mode"] = "cuda-graph"
+    # As a checkpoint of an earlier version, which kept a stream for the engine.
+    stream = torch.Generator().get_state()
+    saved["engine"] = {"mode": "cuda-graph", "by_index": True, "device": "cpu", "stream": stream}
+    saved["engine_stream"] = stream
     save_checkpoint(last, saved)
     monkeypatch.setattr(compiling, "has_compiler", lambda: False)
     assert len(fit(vae, data, epochs=2, run=tmp_path, resume=True).metrics) == 2

@@ -43,20 +43,25 @@ class Engine:
             except InputError as error:
                 raise MissingError(f"cannot run here: {error}") from None
 
-    def _step(self) -> Any:
-        self.optimizer.begin(cases.LR, images=self.batch)
-        index = self.batches.index()
-        if self.compiled is not None:
-            return self.compiled.step(index)
-        assert self.svi is not None
-        return self.svi.step(self.split.batch(index, self.generator))
-
     def run(self, steps: int) -> float:
         """Take so many steps; what the losses sum to is read once, if the engine lets us."""
         with pyro.get_param_store().scope(), pyro.validation_enabled(False):
-            total: Any = 0.0
-            for _ in range(steps):
-                total = total + self._step()
-            if self.compiled is not None:
-                self.compiled.check()
-            return float(total) / (steps * self.batch)
+            run = self._by_svi if self.compiled is None else self._compiled
+            return run(steps) / (steps * self.batch)
+
+    def _by_svi(self, steps: int) -> float:
+        assert self.svi is not None
+        total: Any = 0.0
+        for _ in range(steps):
+            self.optimizer.begin(cases.LR, images=self.batch)
+            total = total + self.svi.step(self.split.batch(self.batches.index(), self.generator))
+        return float(total)
+
+    def _compiled(self, steps: int) -> float:
+        assert self.compiled is not None
+        self.compiled.total.zero_()  # the step sums its losses itself
+        for _ in range(steps):
+            self.optimizer.begin(cases.LR, images=self.batch)
+            self.compiled.step(self.batches.index())
+        self.compiled.check()
+        return float(self.compiled.total)

@@ -300,6 +300,35 @@ def test_a_captured_step_reads_nothing_back():
         torch.cuda.set_sync_debug_mode(before)
 
 
+@pytest.mark.parametrize(
+    ("mode", "device"),
+    [
+        ("traced", "cpu"),
+        pytest.param("compiled", "cuda", marks=pytest.mark.gpu),
+        pytest.param("cuda-graph", "cuda", marks=pytest.mark.gpu),
+    ],
+)
+def test_steps_that_nobody_waits_for_have_their_own_rates(mode, device):
+    """Python writes the next step's numbers where it wrote the last one's, and may be far ahead."""
+    ends = []
+    for waits in (True, False):
+        vae, data = tiny_vae()
+        optim = WholeModelOptimizer(vae.to(device).named_parameters())
+        svi = traced_svi(vae, optim, mode, split=data.train)
+        for size in (8, 5):
+            svi.prepare(torch.arange(size, device=device))
+        for i in range(200):
+            size = 8 if i % 3 else 5
+            optim.begin(0.01 if i % 2 else 0.0, size)
+            loss = svi.step(torch.arange(size, device=device))
+            if waits:
+                float(loss)
+        svi.check()
+        ends.append([p.detach().clone() for p in vae.parameters()])
+    for a, b in zip(*ends, strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_the_steps_of_an_epoch_read_nothing_back(monkeypatch):

@@ -3,13 +3,21 @@
 A step's noise is the same on every device, in whatever order its parts are made (normal numbers
 but for rounding). So it may be made within a compiled graph, by all threads, and a run that is
 taken up again needs no stream for it.
+
+Threefry is an operator of its own, one line of a traced graph: NumPy computes it where the graph is
+replayed as it is, and `spelt_out` puts its operations in its place where the graph is compiled.
 """
 
 import math
+import operator
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.fx import GraphModule, Proxy
+from torch.fx.proxy import GraphAppendingTracer
 
 # The rotations of Threefry-2x32, and what the third word of its key is made with.
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
@@ -39,12 +47,32 @@ def threefry(key: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor
     >>> [hex(int(word) % 2**32) for word in threefry(key_of(0), zero, zero)]
     ['0x6b200159', '0x99ba4efe']
     """
-    keys = (key[0], key[1], key[0] ^ key[1] ^ _PARITY)
+    a, b = torch.ops.pyrovae_counters.threefry(key, first, second)
+    return a, b
+
+
+def spelt_out(graph: GraphModule) -> GraphModule:
+    """The graph, changed in place, with Threefry as the operations that it is made of."""
+    for node in list(graph.graph.nodes):
+        if node.target is torch.ops.pyrovae_counters.threefry.default:
+            tracer = GraphAppendingTracer(graph.graph)
+            with graph.graph.inserting_before(node):
+                words: Any = _by_torch(*(Proxy(given, tracer) for given in node.args))
+            for user in list(node.users):  # each takes one of the two
+                assert user.target is operator.getitem
+                user.replace_all_uses_with(words[user.args[1]].node)
+                graph.graph.erase_node(user)
+            graph.graph.erase_node(node)
+    graph.recompile()
+    return graph
+
+
+def _rounds(keys: Any, first: Any, second: Any, rotated: Any) -> tuple[Any, Any]:
     a, b = first + keys[0], second + keys[1]
     for group in range(_ROUNDS // 4):
         for rotation in _ROTATIONS[group % 2]:
             a = a + b
-            b = _rotated(b, rotation) ^ a
+            b = rotated(b, rotation) ^ a
         a = a + keys[(group + 1) % 3]
         b = b + keys[(group + 2) % 3] + (group + 1)
     return a, b
@@ -77,6 +105,36 @@ def _index(count: int, like: Tensor) -> Tensor:
     return torch.arange(count, dtype=torch.int32, device=like.device)
 
 
-def _rotated(x: Tensor, by: int) -> Tensor:
-    """The bits turned to the left; a shift to the right repeats the sign, which is masked."""
+def _masked(x: Any, by: int) -> Any:
+    """Signed bits turned to the left: a shift to the right repeats the sign, which is masked."""
     return (x << by) | ((x >> (32 - by)) & (2**by - 1))
+
+
+def _turned(x: Any, by: int) -> Any:
+    """Unsigned bits turned to the left."""
+    return (x << np.uint32(by)) | (x >> np.uint32(32 - by))
+
+
+def _by_numpy(key: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    shape = torch.broadcast_shapes(first.shape, second.shape)
+    # Arrays all, also of one number: numbers of NumPy warn where they overflow.
+    k, m, n = (np.atleast_1d(t.numpy().view(np.uint32)) for t in (key, first, second))
+    words = _rounds((k[:1], k[1:], k[:1] ^ k[1:] ^ np.uint32(_PARITY)), m, n, _turned)
+    a, b = (torch.from_numpy(word.view(np.int32)).view(shape) for word in words)
+    return a, b
+
+
+def _by_torch(key: Any, first: Any, second: Any) -> tuple[Any, Any]:
+    return _rounds((key[0], key[1], key[0] ^ key[1] ^ _PARITY), first, second, _masked)
+
+
+def _shapes(key: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    shape = torch.broadcast_shapes(first.shape, second.shape)
+    return first.new_empty(shape), first.new_empty(shape)
+
+
+_library = torch.library.Library("pyrovae_counters", "DEF")
+_library.define("threefry(Tensor key, Tensor first, Tensor second) -> (Tensor, Tensor)")
+_library.impl("threefry", _by_numpy, "CPU")
+_library.impl("threefry", _by_torch, "CUDA")
+_library.impl("threefry", _shapes, "Meta")

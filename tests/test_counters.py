@@ -7,7 +7,7 @@ import torch
 from scipy import stats
 
 from pyrovae import counters
-from pyrovae.tracing import Plan
+from pyrovae.tracing import Plan, trace
 
 
 def int32(word: int) -> int:
@@ -30,8 +30,36 @@ KNOWN = [
 @pytest.mark.parametrize(("counter", "key", "expected"), KNOWN)
 def test_threefry_gives_the_published_words(counter, key, expected):
     first, second = words(*counter)
-    found = counters.threefry(words(*key), first, second)
-    assert tuple(int(word) % 2**32 for word in found) == expected
+    for function in (counters.threefry, counters._by_torch):
+        found = function(words(*key), first, second)
+        assert tuple(int(word) % 2**32 for word in found) == expected
+
+
+def test_threefry_is_one_line_of_a_graph_until_it_is_spelt_out():
+    """As it is, by NumPy; spelt out, for a compiler; by torch, for a GPU: the same integers."""
+
+    def function(key, step):
+        return counters.integers(key, step, 6, (3, 4))
+
+    key, step = counters.key_of(9), number(2)
+    graph = trace(function, key, step)
+    name = "pyrovae_counters.threefry"
+    assert sum(name in str(node.target) for node in graph.graph.nodes) == 1
+    expected = graph(key, step)
+    other = number(3)
+    later = graph(key, other)
+    counters.spelt_out(graph)
+    assert not any(name in str(node.target) for node in graph.graph.nodes)
+    assert torch.equal(graph(key, step), expected) and torch.equal(graph(key, other), later)
+    assert not torch.equal(expected, later)
+    rows = torch.arange(5, dtype=torch.int32)
+    for first, second in ((rows, step), (step, rows), (rows[:, None], rows), (step, other)):
+        for a, b in zip(
+            counters.threefry(key, first, second),
+            counters._by_torch(key, first, second),
+            strict=True,
+        ):
+            assert torch.equal(a, b) and a.dtype == torch.int32
 
 
 def test_a_key_is_a_seed_of_64_bits():

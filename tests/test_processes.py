@@ -230,7 +230,7 @@ def test_a_process_that_has_left_holds_no_threads(tmp_path, engine):
     script = tmp_path / "leaves.py"
     script.write_text(LEAVES)
     command = [*TRAIN, "--epochs", 1, "--engine", engine, "--out", tmp_path / "run"]
-    status, out, err = finish(launch(command, program=[str(script)]))
+    status, out, err = finish(launch(command, program=[str(script)]), timeout=300)
     assert status == 0, err
     assert out.split() == ["left", "left"]
 

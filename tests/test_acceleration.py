@@ -317,7 +317,7 @@ def test_steps_that_nobody_waits_for_have_their_own_rates(mode, device):
         svi = traced_svi(vae, optim, mode, split=data.train)
         for size in (8, 5):
             svi.prepare(torch.arange(size, device=device))
-        for i in range(200):
+        for i in range(60 if device == "cpu" else 300):
             size = 8 if i % 3 else 5
             optim.begin(0.01 if i % 2 else 0.0, size)
             loss = svi.step(torch.arange(size, device=device))
@@ -622,11 +622,11 @@ def test_every_process_has_noise_of_its_own(monkeypatch):
             super().__init__(*args, seed=seed, **options)
 
     monkeypatch.setattr(training, "CompiledSVI", Seen)
-    for rank in (0, 1, 2):
+    for rank in (0, 1):
         monkeypatch.setattr(processes, "rank", lambda rank=rank: rank)
         vae, data = tiny_vae()
         fit(vae, data, epochs=1, batch_size=8, engine="traced", seed=3, progress=False)
-    assert len(set(seeds)) == 3
+    assert len(set(seeds)) == 2
 
 
 def test_the_count_of_steps_is_exact_where_the_optimisers_is_not(tmp_path):
@@ -652,7 +652,7 @@ def test_parameters_of_another_precision_are_trained(dtype):
     optim = WholeModelOptimizer(vae.named_parameters(), "adamax", lr=1e-2)
     svi = traced_svi(vae, optim)
     x = data.train.batch(torch.arange(8)).to(dtype)
-    losses = [float(svi.step(x)) for _ in range(20)]
+    losses = [float(svi.step(x)) for _ in range(10)]
     svi.check()
     assert losses[-1] < losses[0] and all(p.dtype == dtype for p in vae.parameters())
 

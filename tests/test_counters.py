@@ -76,8 +76,8 @@ def number(step: int) -> torch.Tensor:
 def test_integers_are_uniform():
     """In each of 256 cells as many as elsewhere; over all images, and where a quarter ends."""
     key = counters.key_of(3)
-    drawn = torch.stack([counters.integers(key, number(i), 7, (5, 6)) for i in range(4000)])
-    assert drawn.shape == (4000, 7, 5, 6) and drawn.dtype == torch.int32
+    drawn = torch.stack([counters.integers(key, number(i), 7, (5, 6)) for i in range(2000)])
+    assert drawn.shape == (2000, 7, 5, 6) and drawn.dtype == torch.int32
     assert int(drawn.min()) == -(2**15) and int(drawn.max()) == 2**15 - 1
     for bits in (drawn >> 8, drawn & 255):  # the high byte and the low one
         counts = torch.bincount((bits % 256).flatten(), minlength=256)
@@ -87,7 +87,7 @@ def test_integers_are_uniform():
 def test_integers_of_pixels_images_and_steps_are_independent():
     key = counters.key_of(4)
     n, shape = 6, (8,)
-    drawn = torch.stack([counters.integers(key, number(i), n, shape) for i in range(5000)])
+    drawn = torch.stack([counters.integers(key, number(i), n, shape) for i in range(3000)])
     table = drawn.view(len(drawn), -1).double()
     table = (table - table.mean(0)) / table.std(0)
     both = table.T @ table / len(table)

@@ -440,7 +440,7 @@ class _Step:
             return self._captured(batch, row)(batch, row)
         row = row.to(self.svi.device, non_blocking=True)
         # Products read the switch for tf32 when they run (a captured one has chosen its kernels);
-        # bf16 is in the graph. To turn it takes a hundredth of a small step.
+        # bf16 is in the graph. To ask is sooner done than to turn it.
         if stands(self.svi.precision, row.device):
             with torch.no_grad():
                 return self._call(batch, row)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from pyrovae import counters, rewriting
+from pyrovae import rewriting
 from pyrovae.tracing import NotTraceableError
 
 
@@ -37,7 +37,7 @@ def compiled(graph: GraphModule, example: Sequence[Tensor]) -> Callable[..., Any
             options = {}
             # The operations are copied, the tensors that they hold are not: a program may write
             # into one between two calls.
-            graph = counters.spelt_out(GraphModule(graph, copy.deepcopy(graph.graph)))
+            graph = rewriting.for_compiler(GraphModule(graph, copy.deepcopy(graph.graph)))
             if not any(t.is_cuda for t in example):
                 graph = rewriting.for_cpu(graph)
                 # A graph with its gradient inside looks like inference to Inductor, which then

@@ -5,19 +5,16 @@ but for rounding). So it may be made within a compiled graph, by all threads, an
 taken up again needs no stream for it.
 
 Threefry is an operator of its own, one line of a traced graph: NumPy computes it where the graph is
-replayed as it is, and `spelt_out` puts its operations in its place where the graph is compiled.
+replayed as it is, and `rewriting` puts `spelt_out` in its place where the graph is compiled.
 """
 
 import math
-import operator
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Proxy
-from torch.fx.proxy import GraphAppendingTracer
 
 # The rotations of Threefry-2x32, and what the third word of its key is made with.
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
@@ -51,20 +48,9 @@ def threefry(key: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor
     return a, b
 
 
-def spelt_out(graph: GraphModule) -> GraphModule:
-    """The graph, changed in place, with Threefry as the operations that it is made of."""
-    for node in list(graph.graph.nodes):
-        if node.target is torch.ops.pyrovae_counters.threefry.default:
-            tracer = GraphAppendingTracer(graph.graph)
-            with graph.graph.inserting_before(node):
-                words: Any = _by_torch(*(Proxy(given, tracer) for given in node.args))
-            for user in list(node.users):  # each takes one of the two
-                assert user.target is operator.getitem
-                user.replace_all_uses_with(words[user.args[1]].node)
-                graph.graph.erase_node(user)
-            graph.graph.erase_node(node)
-    graph.recompile()
-    return graph
+def spelt_out(key: Any, first: Any, second: Any) -> tuple[Any, Any]:
+    """Threefry as the operations that it is made of."""
+    return _rounds((key[0], key[1], key[0] ^ key[1] ^ _PARITY), first, second, _masked)
 
 
 def _rounds(keys: Any, first: Any, second: Any, rotated: Any) -> tuple[Any, Any]:
@@ -124,10 +110,6 @@ def _by_numpy(key: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tenso
     return a, b
 
 
-def _by_torch(key: Any, first: Any, second: Any) -> tuple[Any, Any]:
-    return _rounds((key[0], key[1], key[0] ^ key[1] ^ _PARITY), first, second, _masked)
-
-
 def _shapes(key: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     shape = torch.broadcast_shapes(first.shape, second.shape)
     return first.new_empty(shape), first.new_empty(shape)
@@ -136,5 +118,5 @@ def _shapes(key: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]
 _library = torch.library.Library("pyrovae_counters", "DEF")
 _library.define("threefry(Tensor key, Tensor first, Tensor second) -> (Tensor, Tensor)")
 _library.impl("threefry", _by_numpy, "CPU")
-_library.impl("threefry", _by_torch, "CUDA")
+_library.impl("threefry", spelt_out, "CUDA")
 _library.impl("threefry", _shapes, "Meta")

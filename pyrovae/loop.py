@@ -298,8 +298,8 @@ class Loop:
         engine = saved.get("engine")
         if isinstance(self.engine, CompiledSVI) != (engine is not None):
             raise InputError(f"{self.run.last} was trained with another --engine; resume with that")
-        if isinstance(self.engine, CompiledSVI):
-            self.engine.bind(None if engine is None else engine.get("count"))
+        if isinstance(self.engine, CompiledSVI) and engine is not None:
+            self.engine.bind(engine.get("count"))  # earlier versions kept none
             self.engine.total.fill_(self.state.loss_sum)
         if self.run.best.exists():
             best = load_checkpoint(self.run.best, self.device)

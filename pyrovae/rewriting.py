@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node, Proxy
 from torch.fx.proxy import GraphAppendingTracer
 
-from pyrovae import elementary
+from pyrovae import counters, elementary
 
 _aten: Any = torch.ops.aten
 
@@ -51,13 +51,33 @@ _library.impl("linear", _linear, "CPU")
 _library.impl("linear", _shape_of_linear, "Meta")
 
 
+def for_compiler(graph: GraphModule) -> GraphModule:
+    """The graph, changed in place, without operators that a compiler could not look into."""
+    return _rewritten(graph, {torch.ops.pyrovae_counters.threefry.default: _threefry})
+
+
 def for_cpu(graph: GraphModule) -> GraphModule:
     """The graph, changed in place, as a CPU computes it sooner."""
+    return _rewritten(graph, _RULES)
+
+
+Rules = dict[Any, Callable[[Node], None]]
+
+
+def _rewritten(graph: GraphModule, rules: Rules) -> GraphModule:
     for node in list(graph.graph.nodes):
-        if node.target in _RULES:
-            _RULES[node.target](node)
+        if node.target in rules:
+            rules[node.target](node)
     graph.recompile()
     return graph
+
+
+def _threefry(node: Node) -> None:
+    """Each use of it takes one of its two words."""
+    words = _operations(node, counters.spelt_out, *node.args)
+    for user in list(node.users):
+        _replace(user, words[user.args[1]].node)
+    node.graph.erase_node(node)
 
 
 # Products.
@@ -172,7 +192,7 @@ def _cross_entropy(node: Node) -> None:
     _put(node, lambda x, y: (1 - y) * x - elementary.log_sigmoid(x), logits, target)
 
 
-_RULES: dict[Any, Callable[[Node], None]] = {
+_RULES: Rules = {
     _aten.addmm.default: _dense,
     _aten.mm.default: _product,
     _aten.log_sigmoid_forward.default: _log_sigmoid,
@@ -194,11 +214,15 @@ def _replace(node: Node, new: Node) -> None:
 
 def _written(before: Node, function: Callable[..., Any], *given: Any) -> Node:
     """The operations of a function written down before a node; the last of them."""
+    node: Node = _operations(before, function, *given).node
+    return node
+
+
+def _operations(before: Node, function: Callable[..., Any], *given: Any) -> Any:
+    """The operations of a function written down before a node; what it returns of them."""
     tracer = GraphAppendingTracer(before.graph)
     with before.graph.inserting_before(before):
-        result = function(*(Proxy(g, tracer) if isinstance(g, Node) else g for g in given))
-    node: Node = result.node
-    return node
+        return function(*(Proxy(g, tracer) if isinstance(g, Node) else g for g in given))
 
 
 def _is_float(value: Any) -> bool:

@@ -320,9 +320,10 @@ def test_steps_that_nobody_waits_for_have_their_own_rates(mode, device):
         for i in range(60 if device == "cpu" else 300):
             size = 8 if i % 3 else 5
             optim.begin(0.01 if i % 2 else 0.0, size)
-            loss = svi.step(torch.arange(size, device=device))
-            if waits:
-                float(loss)
+            before = [p.detach().clone() for p in vae.parameters()] if waits else []
+            svi.step(torch.arange(size, device=device))
+            for p, old in zip(vae.parameters(), before, strict=waits):
+                assert torch.equal(p, old) == (i % 2 == 0)  # a rate of 0 moves nothing
         svi.check()
         ends.append([p.detach().clone() for p in vae.parameters()])
     for a, b in zip(*ends, strict=True):

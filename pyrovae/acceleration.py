@@ -9,6 +9,7 @@ state, the batch, the learning rate, the KL weight. The noise is made within, fr
 and the number of the step.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from pyrovae import compiling, counters, tracing
+from pyrovae.compiling import Compiled
 from pyrovae.data import Split
 from pyrovae.importance import Program
 from pyrovae.objectives import KLWeight
@@ -28,10 +30,16 @@ from pyrovae.optimizers import (
     corrections,
     moved,
     slots,
+    works_between_steps,
 )
 from pyrovae.precision import networks_in, stands
+from pyrovae.recording import NotRecordableError, Recording
 from pyrovae.streams import seed_of
 from pyrovae.tracing import Draws, NotTraceableError, Plan, Traced
+
+# Steps that wait to be taken together: at most so many, and no longer than so many seconds.
+_LONGEST_QUEUE = 32
+_PATIENCE = 0.05
 
 
 class CompiledSVI:
@@ -116,10 +124,13 @@ class CompiledSVI:
         self.device = self._params[0].device
         self.split = None if split is None else split.to(self.device)
         # What Python decides at each step, written into one place: to make a tensor takes longer.
-        # In memory that is not pinned, which a copy to a GPU has read when it returns.
+        # In memory that is not pinned, which a copy to a GPU has read when it returns. A step that
+        # waits in the queue has a row of its own.
         wide = self._params[0].dtype == torch.float64
-        self._row = torch.zeros(6, dtype=torch.float64 if wide else torch.float32, device="cpu")
-        self._numbers = self._row.numpy()
+        kind = torch.float64 if wide else torch.float32
+        self._rows = list(torch.zeros(_LONGEST_QUEUE, 6, dtype=kind, device="cpu"))
+        self._numbers = [row.numpy() for row in self._rows]
+        self._queue: list[Tensor] = []
         keys = [counters.key_of(seed_of(f"{seed}/{what}")) for what in "xz"]
         self._keys = torch.stack(keys).to(self.device)
         self.total = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -173,12 +184,45 @@ class CompiledSVI:
             batch: x (B, *x_shape), or, with a split, the indices (B,) of its images.
             images: of all processes together, where there are several; default B.
         """
+        self.flush()
+        self._enqueue(batch, images)
+        return self._take()
+
+    def queue(self, batch: Tensor, images: int | None = None) -> None:
+        """Take such a step soon: with others, if that is faster, and before `check` returns.
+
+        Its learning rate and KL weight are those of now. Until then parameters may be those of
+        earlier steps, and ``batch`` must stay as it is.
+
+        Args:
+            batch: as of `step`.
+            images: likewise.
+        """
+        step = self._enqueue(batch, images)
+        if len(self._queue) >= step.room:
+            self._take()
+
+    def flush(self) -> None:
+        """Take the steps that are in the queue."""
+        if self._queue:
+            self._take()
+
+    def _enqueue(self, batch: Tensor, images: int | None) -> "_Step":
         batch = batch.contiguous()  # each process has every n-th index; kernels want a fixed layout
+        if self._queue and len(self._queue[0]) != len(batch):
+            self._take()
         step = self.prepare(batch)
-        self._decide(images or len(batch), self.count + 1)
-        loss = step.run(batch, self._row)
-        self.count += 1
-        self._since.append(batch)
+        waiting = len(self._queue)
+        self._decide(images or len(batch), self.count + waiting + 1, waiting)
+        self._queue.append(batch)
+        return step
+
+    def _take(self) -> Tensor:
+        """Take the steps of the queue, which is not empty; the loss of the last of them."""
+        batches, self._queue = self._queue, []
+        loss = self._steps[len(batches[0])].run(batches, self._rows)
+        self.count += len(batches)
+        self._since += batches
         after_step(self.optim.optimizer, self.count)
         return loss
 
@@ -186,16 +230,18 @@ class CompiledSVI:
         """Trace the step for batches like this one, if that has not been done."""
         size = len(batch)
         if size not in self._steps:
+            self.flush()
             self._steps[size] = self._built(batch.contiguous())
         return self._steps[size]
 
     def check(self) -> None:
-        """Wait for the steps so far.
+        """Take the steps of the queue, and wait for all of them.
 
         Raises:
             FloatingPointError: if one failed, with its number.
             NotTraceableError: if a tensor of the module was assigned anew, or frozen or released.
         """
+        self.flush()
         self._traced.check_held()
         failed = int(self._health[1])
         if failed:
@@ -216,20 +262,25 @@ class CompiledSVI:
 
     def save(self) -> dict[str, Any]:
         """Bring the optimiser's state up to date; returns what else a checkpoint needs."""
+        self.flush()
         for p in self._params:
             self.optim.optimizer.state[p]["step"].fill_(self.count)
         return {"mode": self.mode, "by_index": self.split is not None, "count": self.count}
 
     # Inputs of a step that are not state.
 
-    def _decide(self, images: int, count: int) -> None:
-        """Rate, corrections, KL weight, 1 / images, 1 - averages' decay, of step ``count``."""
+    def _decide(self, images: int, count: int, place: int = 0) -> None:
+        """Rate, corrections, KL weight, 1 / images, 1 - averages' decay, of step ``count``.
+
+        They are written into the row of that place in the queue.
+        """
         optimizer = self.optim.optimizer
         weight = 1.0 if self.weight is None else self.weight.number
         lr = optimizer.param_groups[0]["lr"]
         decay = average_decay(self.decay, count)
         # Rounded here, once: kernels would round and divide anew for every few weights.
-        self._numbers[:] = lr, *corrections(optimizer, count), weight, 1 / images, 1 - decay
+        row = lr, *corrections(optimizer, count), weight, 1 / images, 1 - decay
+        self._numbers[place][:] = row
 
     def _data(self) -> list[Tensor]:
         return [] if self.split is None else [self.split.raw]
@@ -266,7 +317,7 @@ class CompiledSVI:
                 self._traced.verify(plan, x)
                 self._traced.check_held()  # the programs have run as they are
             self._decide(size, self.count + 1)  # a step 0 divides by 0
-            row = self._row.to(self.device)
+            row = self._rows[0].to(self.device)
             example = [*self._fixed(), batch, row]
             if self.reduce is None:
                 graphs = [tracing.trace(lambda *flat: self._whole(flat, plan), *example)]
@@ -282,6 +333,7 @@ class CompiledSVI:
         with networks_in(None, self.precision):
             if first and mode != "traced":
                 step.compile(batch, row)
+                step.record(batch, row)
             try:
                 step.capture(batch, row)
             except NotTraceableError:
@@ -391,6 +443,9 @@ class _Step:
         self._capture = mode == "cuda-graph" and svi.reduce is None
         self._fixed = svi._fixed()
         self._replay: Callable[..., Tensor] | None = None
+        self._recording: Recording | None = None
+        self.room = 1
+        """Steps that are taken together, while others wait for them."""
 
     def compile(self, batch: Tensor, row: Tensor) -> None:
         """Compile, and hold what was compiled against what was traced, on copies of the state.
@@ -434,18 +489,56 @@ class _Step:
                 reason = str(error).strip().split("\n")[0]
                 raise NotTraceableError(f"the step cannot be captured: {reason}") from error
 
-    def run(self, batch: Tensor, row: Tensor) -> Tensor:
-        """One step; the loss summed over the batch."""
-        if self._capture:
-            return self._captured(batch, row)(batch, row)
-        row = row.to(self.svi.device, non_blocking=True)
+    def record(self, batch: Tensor, row: Tensor) -> None:
+        """Have the compiled step played without Python, where it can be recorded.
+
+        It is held against the compiled step first, and given up for it where they differ.
+        """
+        graph = self._graphs[0]
+        if self.svi.reduce is not None or row.is_cuda or not isinstance(graph, Compiled):
+            return
+        given = [batch.clone(), row.clone()]
+        state = self.svi._state
+        kept, theirs = ([t.clone() for t in state] for _ in range(2))
+        try:
+            recording = graph.recorded([*self._fixed, *given], given)
+            with torch.no_grad():
+                expected = graph(*theirs, *self._fixed[len(state) :], batch, row)
+                losses = recording.play([(batch, row)])
+            for ours, other in zip([losses[0], *state], [expected, *theirs], strict=True):
+                tracing.compare("a result of the recorded step", ours, other, "the compiled one's")
+            self._recording = recording
+        except (NotRecordableError, NotTraceableError):
+            pass  # the step as it was compiled is slower, and no worse
+        finally:
+            for t, old in zip(state, kept, strict=True):
+                t.copy_(old)
+
+    def run(self, batches: Sequence[Tensor], rows: Sequence[Tensor]) -> Tensor:
+        """A step for each batch, with its row; the loss of the last one, summed over the batch."""
         # Products read the switch for tf32 when they run (a captured one has chosen its kernels);
         # bf16 is in the graph. To ask is sooner done than to turn it.
-        if stands(self.svi.precision, row.device):
+        if self._capture or stands(self.svi.precision, self.svi.device):
             with torch.no_grad():
-                return self._call(batch, row)
+                return self._run(batches, rows)
         with torch.no_grad(), networks_in(None, self.svi.precision):
-            return self._call(batch, row)
+            return self._run(batches, rows)
+
+    def _run(self, batches: Sequence[Tensor], rows: Sequence[Tensor]) -> Tensor:
+        if self._recording is None:
+            losses = [self._once(*run) for run in zip(batches, rows, strict=False)]
+            return losses[-1]
+        started = time.perf_counter()
+        played = self._recording.play(list(zip(batches, rows, strict=False)))
+        each = (time.perf_counter() - started) / len(batches)
+        if not works_between_steps(self.svi.optim.optimizer):
+            self.room = min(max(int(_PATIENCE / each), 1), _LONGEST_QUEUE)
+        return played[-1]
+
+    def _once(self, batch: Tensor, row: Tensor) -> Tensor:
+        if self._capture:
+            return self._captured(batch, row)(batch, row)
+        return self._call(batch, row.to(self.svi.device, non_blocking=True))
 
     def _captured(self, batch: Tensor, row: Tensor) -> Callable[..., Tensor]:
         if self._replay is None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from pyrovae import rewriting
+from pyrovae.recording import NotRecordableError, Recording
 from pyrovae.tracing import NotTraceableError
 
 
@@ -21,7 +22,57 @@ def has_compiler() -> bool:
     return any(shutil.which(name) for name in ("g++", "clang++", "c++"))
 
 
-def compiled(graph: GraphModule, example: Sequence[Tensor]) -> Callable[..., Any]:
+class Compiled:
+    """A function that Inductor compiled.
+
+    Args:
+        run: what Inductor's front returned.
+        inner: what that calls with a list of tensors, after it has seen to their kind.
+    """
+
+    def __init__(self, run: Callable[..., Any], inner: Any):
+        self._run = run
+        self._inner = inner
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        """What the graph returns for them."""
+        return self._run(*inputs)
+
+    def recorded(self, inputs: Sequence[Tensor], given: Sequence[Tensor]) -> Recording:
+        """The calls that it makes on these very tensors, none of which is changed now.
+
+        Args:
+            inputs: tensors that stay where they are, on a CPU.
+            given: those of them that are written anew before each run.
+
+        Raises:
+            NotRecordableError: where that cannot be done.
+        """
+        made: list[Recording] = []
+        ours = {t.data_ptr() for t in inputs}
+        function: Any = getattr(self._inner, "current_callable", None)
+
+        def record(flat: list[Tensor]) -> tuple[Tensor, ...]:
+            # Of inputs that it does not use, it is given empty ones.
+            if not {t.data_ptr() for t in flat if t.numel()} <= ours:
+                raise NotRecordableError("it is called with copies of its inputs")
+            made.append(Recording(function, flat, given))
+            return (made[0].result,)
+
+        try:
+            self._inner.current_callable = record
+            with torch.no_grad(), quiet_compiler():
+                self._run(*inputs)
+        except Exception as error:  # of parts of torch that another version may not have
+            raise NotRecordableError(str(error)) from error
+        finally:
+            self._inner.current_callable = function
+        if len(made) != 1:
+            raise NotRecordableError("it is not called once")
+        return made[0]
+
+
+def compiled(graph: GraphModule, example: Sequence[Tensor]) -> Compiled:
     """A traced graph compiled by Inductor for inputs like the example.
 
     Not through ``torch.compile``, whose guards would be asked at every call: shapes, types and
@@ -32,9 +83,15 @@ def compiled(graph: GraphModule, example: Sequence[Tensor]) -> Callable[..., Any
     """
     try:
         with torch.no_grad(), quiet_compiler():
-            from torch import _inductor  # late: importing it changes the filters of warnings
+            from torch._inductor import compile_fx  # late: it changes the filters of warnings
 
             options = {}
+            inner: list[Any] = [None]
+
+            def kept(*args: Any, **kwargs: Any) -> Any:
+                inner.append(compile_fx.compile_fx_inner(*args, **kwargs))
+                return inner[-1]
+
             # The operations are copied, the tensors that they hold are not: a program may write
             # into one between two calls.
             graph = rewriting.for_compiler(GraphModule(graph, copy.deepcopy(graph.graph)))
@@ -43,9 +100,11 @@ def compiled(graph: GraphModule, example: Sequence[Tensor]) -> Callable[..., Any
                 # A graph with its gradient inside looks like inference to Inductor, which then
                 # lays images out with channels innermost: three lanes of a vector's sixteen.
                 options["layout_optimization"] = False
-            run = _inductor.compile(graph, list(example), options=options)
+            run: Any = compile_fx.compile_fx(
+                graph, list(example), inner_compile=kept, config_patches=options
+            )
             run(*(t.clone() for t in example))  # the first call completes the work
-            return run
+            return Compiled(run, inner[-1])
     except Exception as error:
         reason = " ".join(str(error).split())[:160]
         raise NotTraceableError(f"the compilation failed: {reason}") from error

@@ -132,7 +132,7 @@ class Loop:
 
     def _compiled_step(self, engine: CompiledSVI, index: Tensor, images: int) -> None:
         batch = index if self._by_index() else self.draw(index)
-        engine.step(batch, images)
+        engine.queue(batch, images)
         if self.state.step % _CHECKED_EVERY == _CHECKED_EVERY - 1:
             self.wait()
 

@@ -173,6 +173,11 @@ def after_step(optimizer: torch.optim.Optimizer, step: int) -> None:
         optimizer.renew(step)
 
 
+def works_between_steps(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether `after_step` does anything."""
+    return isinstance(optimizer, Shampoo)
+
+
 _SLOTS: dict[type[torch.optim.Optimizer], tuple[str, str]] = {
     torch.optim.Adam: ("exp_avg", "exp_avg_sq"),
     torch.optim.AdamW: ("exp_avg", "exp_avg_sq"),

@@ -8,7 +8,6 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-import torch._inductor
 from pyro import poutine
 from pyro.infer import SVI, RenyiELBO, Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
 from test_grid import GRID, is_valid, settings
@@ -40,6 +39,14 @@ from pyrovae.proposals import Proposal
 from pyrovae.runs import load_checkpoint, save_checkpoint
 from pyrovae.tracing import Draws, NotTraceableError, Traced
 from pyrovae.training import fit
+
+
+@pytest.fixture
+def inductor():
+    """Of torch, the module with the function that compiles; importing it turns warnings on."""
+    from torch._inductor import compile_fx
+
+    return compile_fx
 
 
 @pytest.fixture(autouse=True)
@@ -257,15 +264,15 @@ def test_parameters_of_a_hierarchy_agree_after_20_steps(mode):
 
 
 @pytest.mark.skipif(not compiling.has_compiler(), reason="needs a C++ compiler")
-def test_the_compiled_step_agrees_and_is_compiled_once(monkeypatch):
+def test_the_compiled_step_agrees_and_is_compiled_once(monkeypatch, inductor):
     made = []
-    once = torch._inductor.compile
+    once = inductor.compile_fx
 
     def counted(*args, **options):
         made.append(0)
         return once(*args, **options)
 
-    monkeypatch.setattr(torch._inductor, "compile", counted)
+    monkeypatch.setattr(inductor, "compile_fx", counted)
     assert_agree(*both_ways("compiled", "elbo", {"clip_norm": 5.0}))
     assert len(made) == 1  # learning rate and KL weight changed at each of the 20 steps
 
@@ -461,11 +468,11 @@ def test_what_cannot_be_traced_is_refused(draw, reason):
     assert torch.equal(pyro.param("slope"), before)
 
 
-def test_a_compiler_that_fails_is_refused_and_changes_nothing(monkeypatch):
+def test_a_compiler_that_fails_is_refused_and_changes_nothing(monkeypatch, inductor):
     def broken(graph, example, **options):
         raise RuntimeError("no such header")
 
-    monkeypatch.setattr(torch._inductor, "compile", broken)
+    monkeypatch.setattr(inductor, "compile_fx", broken)
     vae, data = tiny_vae()
     with pytest.raises(NotTraceableError, match="compilation failed: no such header"):
         fit(vae, data, epochs=1, engine="compiled", progress=False)
@@ -475,9 +482,9 @@ def test_a_compiler_that_fails_is_refused_and_changes_nothing(monkeypatch):
     assert lines == ["svi: the compilation failed: no such header"]
 
 
-def test_a_compiler_that_errs_is_refused(monkeypatch):
+def test_a_compiler_that_errs_is_refused(monkeypatch, inductor):
     monkeypatch.setattr(
-        torch._inductor, "compile", lambda graph, *_, **__: lambda *args: graph(*args) * 1.01
+        inductor, "compile_fx", lambda graph, *_, **__: lambda *args: graph(*args) * 1.01
     )
     vae, data = tiny_vae()
     with pytest.raises(NotTraceableError, match="compiled step differs from the traced one's"):
@@ -944,16 +951,16 @@ def test_images_of_any_layout_are_served_by_the_compiled_terms():
 
 
 @pytest.mark.skipif(not compiling.has_compiler(), reason="needs a C++ compiler")
-def test_images_stay_planar_on_a_cpu(monkeypatch):
+def test_images_stay_planar_on_a_cpu(monkeypatch, inductor):
     """Inductor would put three channels innermost, of a vector's sixteen lanes."""
     asked = []
-    inductor = torch._inductor.compile
+    compile_fx = inductor.compile_fx
 
-    def spy(graph, example, options):
-        asked.append(options)
-        return inductor(graph, example, options=options)
+    def spy(graph, example, config_patches, **options):
+        asked.append(config_patches)
+        return compile_fx(graph, example, config_patches=config_patches, **options)
 
-    monkeypatch.setattr(torch._inductor, "compile", spy)
+    monkeypatch.setattr(inductor, "compile_fx", spy)
     layer = nn.Conv2d(3, 4, 3, padding=1)
     x = torch.rand(2, 3, 8, 8)
 

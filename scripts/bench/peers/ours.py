@@ -62,6 +62,6 @@ class Engine:
         self.compiled.total.zero_()  # the step sums its losses itself
         for _ in range(steps):
             self.optimizer.begin(cases.LR, images=self.batch)
-            self.compiled.step(self.batches.index())
+            self.compiled.queue(self.batches.index())
         self.compiled.check()
         return float(self.compiled.total)

@@ -85,7 +85,7 @@ def compiled(graph: GraphModule, example: Sequence[Tensor]) -> Compiled:
         with torch.no_grad(), quiet_compiler():
             from torch._inductor import compile_fx  # late: it changes the filters of warnings
 
-            options = {}
+            options: dict[str, Any] = {}
             inner: list[Any] = [None]
 
             def kept(*args: Any, **kwargs: Any) -> Any:
@@ -100,14 +100,44 @@ def compiled(graph: GraphModule, example: Sequence[Tensor]) -> Compiled:
                 # A graph with its gradient inside looks like inference to Inductor, which then
                 # lays images out with channels innermost: three lanes of a vector's sixteen.
                 options["layout_optimization"] = False
-            run: Any = compile_fx.compile_fx(
-                graph, list(example), inner_compile=kept, config_patches=options
-            )
+                # Said in words, for older versions keep kernels without saying for how many.
+                options["cpp.threads"] = torch.get_num_threads()
+            with _kept_on_disk(graph, example) as given:
+                run: Any = compile_fx.compile_fx(
+                    graph, given, inner_compile=kept, config_patches=options
+                )
             run(*(t.clone() for t in example))  # the first call completes the work
             return Compiled(run, inner[-1])
     except Exception as error:
         reason = " ".join(str(error).split())[:160]
         raise NotTraceableError(f"the compilation failed: {reason}") from error
+
+
+@contextmanager
+def _kept_on_disk(graph: GraphModule, example: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """The example as Inductor wants it, to keep what it compiles for the next process.
+
+    It does so for tensors without values, of a scope that could have sizes left open. A graph that
+    holds tensors of its own is not for it: another process would get copies of them, and a program
+    may write into its own.
+    """
+    if _holds_tensors(graph):
+        yield list(example)
+        return
+    from torch._guards import TracingContext, tracing
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    with tracing(TracingContext(mode)):
+        yield [mode.from_tensor(t, static_shapes=True) for t in example]
+
+
+def _holds_tensors(graph: GraphModule) -> bool:
+    """Whether a tensor of the program is in the graph, and not only numbers that it wrote down."""
+    held = [node for node in graph.graph.nodes if node.op == "get_attr"]
+    written = torch.ops.aten.lift_fresh_copy.default
+    return any(user.target is not written for node in held for user in node.users)
 
 
 def captured(

@@ -51,6 +51,8 @@ class Compiled:
         made: list[Recording] = []
         ours = {t.data_ptr() for t in inputs}
         function: Any = getattr(self._inner, "current_callable", None)
+        if function is None:
+            raise NotRecordableError("of another version of torch")
 
         def record(flat: list[Tensor]) -> tuple[Tensor, ...]:
             # Of inputs that it does not use, it is given empty ones.
@@ -83,6 +85,7 @@ def compiled(graph: GraphModule, example: Sequence[Tensor]) -> Compiled:
     """
     try:
         with torch.no_grad(), quiet_compiler():
+            from torch._functorch import config as functorch
             from torch._inductor import compile_fx  # late: it changes the filters of warnings
 
             options: dict[str, Any] = {}
@@ -102,7 +105,9 @@ def compiled(graph: GraphModule, example: Sequence[Tensor]) -> Compiled:
                 options["layout_optimization"] = False
                 # Said in words, for older versions keep kernels without saying for how many.
                 options["cpp.threads"] = torch.get_num_threads()
-            with _kept_on_disk(graph, example) as given:
+            # Kept by Inductor alone: what AOTAutograd keeps would be had without a look within.
+            whole = functorch.patch(enable_autograd_cache=False)
+            with whole, _kept_on_disk(graph, example) as given:
                 run: Any = compile_fx.compile_fx(
                     graph, given, inner_compile=kept, config_patches=options
                 )

@@ -48,10 +48,11 @@ class Recording:
         scribe = _Scribe()
         places = [_Place(_Memory(t), t.size(), t.stride(), t.dtype) for t in inputs]
         result, *others = _run_on_stand_ins(function, places, scribe)
-        if others or not isinstance(result, _Place):
-            raise NotRecordableError("it returns more than one tensor")
-        # Held as long as they may be called: memory, libraries, handles.
-        self._held = (list(inputs), list(given), scribe, result)
+        if others or not isinstance(result, _Place) or result.tensor().numel() != 1:
+            raise NotRecordableError("it returns other things than one number")
+        self.memory = scribe.memory
+        """What lies between inputs and result, in bytes."""
+        self._held = (list(inputs), list(given), scribe.libraries)
         self.result = result.tensor()
         """Where the function's result is after a run."""
         table = _Table()
@@ -64,7 +65,6 @@ class Recording:
         kept = f"memcpy(results + i * {size}, {table.slot(result.pointer)}, {size});"
         self._play = _compiled(_SOURCE.format(body="\n        ".join([*copies, *lines, kept])))
         self._table = (ctypes.c_void_p * len(table.values))(*table.values)
-        self._tensors = table.tensors
         weakref.finalize(self, _release, table.handles).atexit = False
 
     def play(self, runs: Sequence[Sequence[Tensor]]) -> Tensor:
@@ -158,13 +158,17 @@ class _Scribe:
     def __init__(self) -> None:
         self.calls: list[_Call] = []
         self.libraries: dict[str, ctypes.CDLL] = {}
+        self.memory: list[Tensor] = []
         self._free: dict[int, list[Tensor]] = defaultdict(list)
-        self.names: dict[str, Any] = {
+
+    def names(self) -> dict[str, Any]:
+        """What a function of Inductor's may use, but for its kernels."""
+        return {
             "empty_strided_cpu": self._empty,
             "reinterpret_tensor": lambda place, *how: place.seen_as(*how),
             "assert_size_stride": _pass,
             "assert_size_stride_grouped": _pass,
-            "extern_kernels": self,
+            "extern_kernels": _Products(self.product),
             "torch": _Types(),
         }
 
@@ -178,18 +182,7 @@ class _Scribe:
 
         return write
 
-    def mm(self, a: _Place, b: _Place, *, out: _Place) -> None:
-        self._product("mm", out, a, b)
-
-    def bmm(self, a: _Place, b: _Place, *, out: _Place) -> None:
-        self._product("bmm", out, a, b)
-
-    def addmm(
-        self, bias: _Place, a: _Place, b: _Place, *, alpha: float, beta: float, out: _Place
-    ) -> None:
-        self._product("addmm", out, bias, a, b, numbers=(beta, alpha))
-
-    def _product(self, name: str, *places: _Place, numbers: Sequence[float] = ()) -> None:
+    def product(self, name: str, *places: _Place, numbers: Sequence[float] = ()) -> None:
         address = _address(_torch(), _PRODUCT.format(name))
         self.calls.append(_Call(address, [place.tensor() for place in places], numbers))
 
@@ -199,8 +192,28 @@ class _Scribe:
         count = 0 if 0 in size else last + 1
         nbytes = max(math.ceil(count * dtype.itemsize / _ALIGNMENT), 1) * _ALIGNMENT
         free = self._free[nbytes]
-        tensor = free.pop() if free else torch.empty(nbytes, dtype=torch.uint8, device="cpu")
-        return _Place(_Memory(tensor, free), size, stride, dtype)
+        if not free:
+            free.append(torch.empty(nbytes, dtype=torch.uint8, device="cpu"))
+            self.memory.append(free[-1])
+        return _Place(_Memory(free.pop(), free), size, stride, dtype)
+
+
+class _Products:
+    """Matrix products under the names, and with the arguments, that Inductor has for them."""
+
+    def __init__(self, write: Callable[..., None]):
+        self._write = write
+
+    def mm(self, a: _Place, b: _Place, *, out: _Place) -> None:
+        self._write("mm", out, a, b)
+
+    def bmm(self, a: _Place, b: _Place, *, out: _Place) -> None:
+        self._write("bmm", out, a, b)
+
+    def addmm(
+        self, bias: _Place, a: _Place, b: _Place, *, alpha: float, beta: float, out: _Place
+    ) -> None:
+        self._write("addmm", out, bias, a, b, numbers=(beta, alpha))
 
 
 class _Types:
@@ -229,17 +242,15 @@ def _run_on_stand_ins(
     plain = function.__func__ if isinstance(function, MethodType) else function
     if not isinstance(plain, FunctionType):
         raise NotRecordableError("it is not written in Python")
-    names: dict[str, Any] = {"__builtins__": {}}
+    names: dict[str, Any] = {"__builtins__": {}, **scribe.names()}
     for name in plain.__code__.co_names:
         known = plain.__globals__.get(name)
-        if name in scribe.names:
-            names[name] = scribe.names[name]
-        elif isinstance(known, BuiltinFunctionType) and known.__name__ == _KERNEL:
+        if isinstance(known, BuiltinFunctionType) and known.__name__ == _KERNEL:
             names[name] = scribe.kernel(known)
     ours = FunctionType(plain.__code__, names)
     try:
         results: tuple[Any, ...] = ours(None, places) if bound else ours(places)
-    except (AttributeError, NameError, TypeError, OSError) as error:
+    except Exception as error:  # whatever a stand-in cannot do, or a name that is not there
         raise NotRecordableError(str(error)) from error
     return results
 
@@ -270,7 +281,6 @@ class _Table:
     def __init__(self) -> None:
         self.values: list[int] = []
         self.handles: list[int] = []
-        self.tensors: list[Tensor] = []
 
     def slot(self, address: int) -> str:
         self.values.append(address)

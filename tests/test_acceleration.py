@@ -273,8 +273,10 @@ def test_the_compiled_step_agrees_and_is_compiled_once(monkeypatch, inductor):
         return once(*args, **options)
 
     monkeypatch.setattr(inductor, "compile_fx", counted)
-    assert_agree(*both_ways("compiled", "elbo", {"clip_norm": 5.0}))
+    svi, *rest = both_ways("compiled", "elbo", {"clip_norm": 5.0})
+    assert_agree(svi, *rest)
     assert len(made) == 1  # learning rate and KL weight changed at each of the 20 steps
+    assert [step._recording is not None for step in svi._steps.values()] == [True, False]
 
 
 @pytest.mark.gpu

@@ -15,6 +15,7 @@ from tiny import tiny_config, tiny_data, tiny_hierarchy, tiny_vae, traced_svi
 from torch import nn
 
 from pyrovae import (
+    acceleration,
     compiled_terms,
     compiling,
     counters,
@@ -36,9 +37,12 @@ from pyrovae.objectives import KLWeight
 from pyrovae.optimizers import WholeModelOptimizer
 from pyrovae.precision import networks_in
 from pyrovae.proposals import Proposal
+from pyrovae.recording import Recording
 from pyrovae.runs import load_checkpoint, save_checkpoint
 from pyrovae.tracing import Draws, NotTraceableError, Traced
 from pyrovae.training import fit
+
+needs_compiler = pytest.mark.skipif(not compiling.has_compiler(), reason="needs a C++ compiler")
 
 
 @pytest.fixture
@@ -263,7 +267,7 @@ def test_parameters_of_a_hierarchy_agree_after_20_steps(mode):
     assert_agree(*both_ways(mode, "elbo", {"clip_norm": 5.0}, make=tiny_hierarchy))
 
 
-@pytest.mark.skipif(not compiling.has_compiler(), reason="needs a C++ compiler")
+@needs_compiler
 def test_the_compiled_step_agrees_and_is_compiled_once(monkeypatch, inductor):
     made = []
     once = inductor.compile_fx
@@ -554,6 +558,127 @@ def test_a_parameter_that_nobody_knows_is_refused():
         CompiledSVI(normal_model, normal_model, optim, objectives.elbo(), mode="traced")
 
 
+# Steps that wait for each other
+
+
+def compiled_svi(**options):
+    """Programs of one parameter, compiled for batches of 8."""
+    pyro.clear_param_store()
+    x = torch.linspace(-2, 2, 8)
+    guide = guide_of(lambda slope, x: pyro.sample("z", dist.Normal(slope * x, 0.7)))
+    guide(x)
+    optim = WholeModelOptimizer(pyro.get_param_store().named_parameters(), **options)
+    optim.begin(0.01, 8)
+    svi = CompiledSVI(normal_model, guide, optim, objectives.elbo(), mode="compiled")
+    svi.prepare(x)
+    return svi, optim, pyro.param("slope")
+
+
+@needs_compiler
+def test_steps_of_the_queue_are_steps(monkeypatch):
+    """Each with its own x and rate, some of another size, and whoever looks finds them done."""
+    monkeypatch.setattr(acceleration, "_PATIENCE", math.inf)
+    sizes = [8] * 20 + [5] + [8] * 50
+    xs = [torch.randn(n, generator=torch.Generator().manual_seed(i)) for i, n in enumerate(sizes)]
+    ends = []
+    for queued in (False, True):
+        svi, optim, slope = compiled_svi()
+        assert svi.prepare(xs[0])._recording is not None
+        waited = []
+        for i, x in enumerate(xs):
+            optim.begin(0.01 * (i % 3), len(x))
+            before, count = slope.detach().clone(), svi.count
+            if not queued:
+                svi.step(x)
+                continue
+            svi.queue(x)
+            waited.append(len(svi._queue))
+            assert torch.equal(slope, before) == (svi.count == count)
+        svi.save() if queued else svi.check()
+        assert svi.count == int(svi._health[0]) == len(xs)
+        ends.append((slope.detach().clone(), svi.total.clone()))
+        svi.check()
+    assert max(waited) == 31 and waited[18:23] == [18, 19, 0, 1, 2]
+    (slope, total), (other, sum_of_others) = ends
+    assert torch.equal(slope, other) and torch.equal(total, sum_of_others)
+
+
+@needs_compiler
+def test_a_step_comes_after_those_that_wait(monkeypatch):
+    monkeypatch.setattr(acceleration, "_PATIENCE", math.inf)
+    xs = [torch.full((8,), float(i)) for i in range(6)]
+    ends = []
+    for method in ("step", "queue"):
+        svi, _, slope = compiled_svi()
+        for x in xs[:5]:
+            getattr(svi, method)(x)
+        ends.append((float(svi.step(xs[5])), float(slope), svi.count))
+    assert ends[0] == ends[1]
+
+
+@needs_compiler
+def test_a_step_that_fails_in_the_queue_is_found(monkeypatch):
+    monkeypatch.setattr(acceleration, "_PATIENCE", math.inf)
+    svi, _, slope = compiled_svi()
+    xs = [torch.randn(8) for _ in range(9)]
+    xs[6][2] = math.nan
+    for x in xs[:6]:
+        svi.queue(x)
+    svi.flush()
+    good = slope.detach().clone()
+    for x in xs[6:]:
+        svi.queue(x)
+    with pytest.raises(FloatingPointError, match="step 7"):
+        svi.check()
+    number, x, _ = svi.failed()
+    assert number == 7 and x is xs[6]
+    assert torch.equal(slope, good)
+
+
+@needs_compiler
+@pytest.mark.parametrize(("patience", "options"), [(0.0, {}), (math.inf, {"name": "shampoo"})])
+def test_nobody_waits_where_steps_are_long_or_something_is_between_them(
+    monkeypatch, patience, options
+):
+    monkeypatch.setattr(acceleration, "_PATIENCE", patience)
+    svi, _, slope = compiled_svi(**options)
+    assert svi.prepare(torch.zeros(8))._recording is not None
+    for _ in range(3):
+        before = slope.detach().clone()
+        svi.queue(torch.randn(8))
+        assert not torch.equal(slope, before)
+
+
+@needs_compiler
+def test_a_recording_that_errs_is_given_up(monkeypatch):
+    play = Recording.play
+    monkeypatch.setattr(Recording, "play", lambda self, runs: play(self, runs) * 1.01)
+    svi, _, slope = compiled_svi()
+    assert svi.prepare(torch.zeros(8))._recording is None
+    assert float(slope) == pytest.approx(0.3) and int(svi._health[0]) == 0
+    svi.queue(torch.ones(8))
+    assert svi.count == int(svi._health[0]) == 1
+
+
+@needs_compiler
+def test_a_recording_is_played_in_fp32_whatever_the_switch_says(monkeypatch):
+    svi, _, _ = compiled_svi()
+    play, seen = Recording.play, []
+    monkeypatch.setattr(
+        Recording,
+        "play",
+        lambda *args: seen.append(torch.get_float32_matmul_precision()) or play(*args),
+    )
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        svi.queue(torch.ones(8))
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert seen == ["highest"]
+
+
 # Failures and resuming
 
 
@@ -675,9 +800,12 @@ def test_fit_names_the_step_and_the_site():
         fit(vae, data, epochs=1, engine="traced", progress=False)
 
 
+@pytest.mark.parametrize(
+    "engine", ["traced", pytest.param("compiled", marks=[pytest.mark.slow, needs_compiler])]
+)
 @pytest.mark.parametrize("split_at", ["an epoch", "a step"])
-def test_resuming_is_exact(tmp_path, split_at):
-    options = {"engine": "traced", "batch_size": 7, "ema": 0.9, "kl_warmup": 2.0, "seed": 3}
+def test_resuming_is_exact(tmp_path, split_at, engine):
+    options = {"engine": engine, "batch_size": 7, "ema": 0.9, "kl_warmup": 2.0, "seed": 3}
     options |= {"schedule": "cosine", "schedule_epochs": 4, "progress": False}
     whole, data = tiny_vae()
     history = fit(whole, data, epochs=4, run=tmp_path / "whole", **options)
@@ -932,7 +1060,7 @@ def test_compiled_terms_are_those_of_the_programs(kind, compiled):
             assert torch.allclose(a.latents[site], z, rtol=1e-4, atol=1e-4), site
 
 
-@pytest.mark.skipif(not compiling.has_compiler(), reason="needs a C++ compiler")
+@needs_compiler
 def test_a_compiled_evaluation_gives_the_same_numbers():
     vae, data = tiny_vae()
     a = evaluate(vae, data.test, 100, engine="eager")
@@ -941,7 +1069,7 @@ def test_a_compiled_evaluation_gives_the_same_numbers():
         assert getattr(a, name) == pytest.approx(getattr(b, name), rel=1e-5), name
 
 
-@pytest.mark.skipif(not compiling.has_compiler(), reason="needs a C++ compiler")
+@needs_compiler
 def test_images_of_any_layout_are_served_by_the_compiled_terms():
     vae, data = tiny_vae()
     every_second = data.test.tensor()[:8].repeat_interleave(2, 0)[::2]
@@ -952,7 +1080,7 @@ def test_images_of_any_layout_are_served_by_the_compiled_terms():
     assert torch.allclose(ours.log_likelihood, theirs.log_likelihood, rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.skipif(not compiling.has_compiler(), reason="needs a C++ compiler")
+@needs_compiler
 def test_images_stay_planar_on_a_cpu(monkeypatch, inductor):
     """Inductor would put three channels innermost, of a vector's sixteen lanes."""
     asked = []

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from pyrovae import rewriting
 from pyrovae.recording import NotRecordableError, Recording
@@ -27,12 +27,14 @@ class Compiled:
 
     Args:
         run: what Inductor's front returned.
-        inner: what that calls with a list of tensors, after it has seen to their kind.
+        inner: what that calls with a list of tensors, those that the graph holds first.
+        held: those.
     """
 
-    def __init__(self, run: Callable[..., Any], inner: Any):
+    def __init__(self, run: Callable[..., Any], inner: Any, held: Sequence[Tensor]):
         self._run = run
         self._inner = inner
+        self._held = held
 
     def __call__(self, *inputs: Tensor) -> Any:
         """What the graph returns for them."""
@@ -49,16 +51,16 @@ class Compiled:
             NotRecordableError: where that cannot be done.
         """
         made: list[Recording] = []
-        ours = {t.data_ptr() for t in inputs}
+        ours = {t.data_ptr() for t in (*inputs, *self._held)}
         function: Any = getattr(self._inner, "current_callable", None)
         if function is None:
             raise NotRecordableError("of another version of torch")
 
         def record(flat: list[Tensor]) -> tuple[Tensor, ...]:
-            # Of inputs that it does not use, it is given empty ones.
-            if not {t.data_ptr() for t in flat if t.numel()} <= ours:
-                raise NotRecordableError("it is called with copies of its inputs")
-            made.append(Recording(function, flat, given))
+            # It is given others for inputs that it does not use; if it used one, that would show.
+            made.append(
+                Recording(function, [t if t.data_ptr() in ours else None for t in flat], given)
+            )
             return (made[0].result,)
 
         try:
@@ -112,7 +114,9 @@ def compiled(graph: GraphModule, example: Sequence[Tensor]) -> Compiled:
                     graph, given, inner_compile=kept, config_patches=options
                 )
             run(*(t.clone() for t in example))  # the first call completes the work
-            return Compiled(run, inner[-1])
+            return Compiled(
+                run, inner[-1], [getattr(graph, str(node.target)) for node in _held(graph)]
+            )
     except Exception as error:
         reason = " ".join(str(error).split())[:160]
         raise NotTraceableError(f"the compilation failed: {reason}") from error
@@ -140,9 +144,12 @@ def _kept_on_disk(graph: GraphModule, example: Sequence[Tensor]) -> Iterator[lis
 
 def _holds_tensors(graph: GraphModule) -> bool:
     """Whether a tensor of the program is in the graph, and not only numbers that it wrote down."""
-    held = [node for node in graph.graph.nodes if node.op == "get_attr"]
     written = torch.ops.aten.lift_fresh_copy.default
-    return any(user.target is not written for node in held for user in node.users)
+    return any(user.target is not written for node in _held(graph) for user in node.users)
+
+
+def _held(graph: GraphModule) -> list[Node]:
+    return [node for node in graph.graph.nodes if node.op == "get_attr"]
 
 
 def captured(

@@ -35,7 +35,8 @@ class Recording:
 
     Args:
         function: that Inductor wrote: of a list of tensors, returning a tuple of tensors.
-        inputs: what it is called with, tensors on a CPU that stay where they are.
+        inputs: what it is called with, tensors on a CPU that stay where they are; None for those
+            that it must not use.
         given: those of them that are written anew before each run.
 
     Raises:
@@ -43,10 +44,15 @@ class Recording:
     """
 
     def __init__(
-        self, function: Callable[..., Any], inputs: Sequence[Tensor], given: Sequence[Tensor]
+        self,
+        function: Callable[..., Any],
+        inputs: Sequence[Tensor | None],
+        given: Sequence[Tensor],
     ):
         scribe = _Scribe()
-        places = [_Place(_Memory(t), t.size(), t.stride(), t.dtype) for t in inputs]
+        places = [
+            None if t is None else _Place(_Memory(t), t.size(), t.stride(), t.dtype) for t in inputs
+        ]
         result, *others = _run_on_stand_ins(function, places, scribe)
         if others or not isinstance(result, _Place) or result.tensor().numel() != 1:
             raise NotRecordableError("it returns other things than one number")
@@ -231,7 +237,7 @@ def _pass(*given: object) -> None:
 
 
 def _run_on_stand_ins(
-    function: Callable[..., Any], places: list[_Place], scribe: _Scribe
+    function: Callable[..., Any], places: list[_Place | None], scribe: _Scribe
 ) -> tuple[Any, ...]:
     """Run the code of a function with none but our names in it; what it returns.
 

@@ -21,6 +21,7 @@ from torch.fx import GraphModule
 from pyrovae import compiling, counters, tracing
 from pyrovae.compiling import Compiled
 from pyrovae.data import Split
+from pyrovae.errors import InputError
 from pyrovae.importance import Program
 from pyrovae.objectives import KLWeight
 from pyrovae.optimizers import (
@@ -37,7 +38,7 @@ from pyrovae.recording import NotRecordableError, Recording
 from pyrovae.streams import seed_of
 from pyrovae.tracing import Draws, NotTraceableError, Plan, Traced
 
-# Steps that wait to be taken together: at most so many, and no longer than so many seconds.
+# Steps that wait to be taken together: as many as take so many seconds, and at most so many.
 _LONGEST_QUEUE = 32
 _PATIENCE = 0.05
 
@@ -130,7 +131,6 @@ class CompiledSVI:
         kind = torch.float64 if wide else torch.float32
         self._rows = list(torch.zeros(_LONGEST_QUEUE, 6, dtype=kind, device="cpu"))
         self._numbers = [row.numpy() for row in self._rows]
-        self._queue: list[Tensor] = []
         keys = [counters.key_of(seed_of(f"{seed}/{what}")) for what in "xz"]
         self._keys = torch.stack(keys).to(self.device)
         self.total = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -149,6 +149,7 @@ class CompiledSVI:
             count: of the steps taken so far; by default the optimiser's, which is in float32, and
                 so stands still from 16.8 million on.
         """
+        self._queue: list[Tensor] = []  # whatever waited was for other weights
         optimizer = self.optim.optimizer
         moments = [slots(optimizer, p) for p in self._params]
         if self._bound:  # what is captured holds these very tensors
@@ -189,10 +190,10 @@ class CompiledSVI:
         return self._take()
 
     def queue(self, batch: Tensor, images: int | None = None) -> None:
-        """Take such a step soon: with others, if that is faster, and before `check` returns.
+        """Take such a step soon: with others, if that is faster, and before `check` or `step`.
 
-        Its learning rate and KL weight are those of now. Until then parameters may be those of
-        earlier steps, and ``batch`` must stay as it is.
+        Its learning rate and KL weight are those of now. Until then parameters, ``total`` and
+        ``count`` may be those of earlier steps, and ``batch`` must stay as it is.
 
         Args:
             batch: as of `step`.
@@ -212,6 +213,7 @@ class CompiledSVI:
         if self._queue and len(self._queue[0]) != len(batch):
             self._take()
         step = self.prepare(batch)
+        step.check(batch)
         waiting = len(self._queue)
         self._decide(images or len(batch), self.count + waiting + 1, waiting)
         self._queue.append(batch)
@@ -220,9 +222,10 @@ class CompiledSVI:
     def _take(self) -> Tensor:
         """Take the steps of the queue, which is not empty; the loss of the last of them."""
         batches, self._queue = self._queue, []
-        loss = self._steps[len(batches[0])].run(batches, self._rows)
+        # Counted first: whoever interrupts a step finds it taken.
         self.count += len(batches)
         self._since += batches
+        loss = self._steps[len(batches[0])].run(batches, self._rows)
         after_step(self.optim.optimizer, self.count)
         return loss
 
@@ -328,7 +331,7 @@ class CompiledSVI:
                     tracing.trace(self._apply, *self._state, vector, row),
                 ]
         mode = "traced" if self.mode == "compiled" and not first else self.mode
-        step = _Step(self, plan, graphs, mode)
+        step = _Step(self, plan, graphs, mode, batch)
         # A graph keeps the kernels that the switches chose when it was captured.
         with networks_in(None, self.precision):
             if first and mode != "traced":
@@ -339,7 +342,7 @@ class CompiledSVI:
             except NotTraceableError:
                 if first:
                     raise
-                return _Step(self, plan, graphs, "traced")  # slower, of a few batches alone
+                return _Step(self, plan, graphs, "traced", batch)  # slower, of a few batches alone
         return step
 
     def _whole(self, flat: Sequence[Tensor], plan: Plan) -> Tensor:
@@ -435,7 +438,9 @@ def _once(value: Tensor) -> Tensor:
 class _Step:
     """The traced step for one batch size, as it is run: compiled, captured, or replayed."""
 
-    def __init__(self, svi: CompiledSVI, plan: Plan, graphs: list[GraphModule], mode: str):
+    def __init__(
+        self, svi: CompiledSVI, plan: Plan, graphs: list[GraphModule], mode: str, batch: Tensor
+    ):
         self.svi = svi
         self.plan = plan
         self._traced = graphs
@@ -444,6 +449,9 @@ class _Step:
         self._fixed = svi._fixed()
         self._replay: Callable[..., Tensor] | None = None
         self._recording: Recording | None = None
+        self._kind = (batch.shape, batch.dtype, batch.device)
+        self.refusal = "it is not compiled for a CPU, or there are several processes"
+        """Why it is not recorded, if it is not."""
         self.room = 1
         """Steps that are taken together, while others wait for them."""
 
@@ -492,7 +500,7 @@ class _Step:
     def record(self, batch: Tensor, row: Tensor) -> None:
         """Have the compiled step played without Python, where it can be recorded.
 
-        It is held against the compiled step first, and given up for it where they differ.
+        It is held against the compiled step first, and given up where they differ.
         """
         graph = self._graphs[0]
         if self.svi.reduce is not None or row.is_cuda or not isinstance(graph, Compiled):
@@ -505,35 +513,51 @@ class _Step:
             with torch.no_grad():
                 expected = graph(*theirs, *self._fixed[len(state) :], batch, row)
                 losses = recording.play([(batch, row)])
-            for ours, other in zip([losses[0], *state], [expected, *theirs], strict=True):
-                tracing.compare("a result of the recorded step", ours, other, "the compiled one's")
+            pairs = zip([losses[0], *state], [expected, *theirs], strict=True)
+            if not all(_are_same(ours, other) for ours, other in pairs):
+                raise NotRecordableError("played, it is another function than called")
             self._recording = recording
-        except (NotRecordableError, NotTraceableError):
-            pass  # the step as it was compiled is slower, and no worse
+            self.refusal = ""
+        except (NotRecordableError, RuntimeError) as error:  # slower without, and no worse
+            self.refusal = str(error)
         finally:
             for t, old in zip(state, kept, strict=True):
                 t.copy_(old)
 
+    def check(self, batch: Tensor) -> None:
+        """Refuse a batch that is not like the one this step was traced for."""
+        if (batch.shape, batch.dtype, batch.device) != self._kind:
+            shape, dtype, device = self._kind
+            raise InputError(
+                f"expected each batch of {shape[0]} to be {dtype} {tuple(shape)} on {device}, as "
+                f"the first was; got {batch.dtype} {tuple(batch.shape)} on {batch.device}"
+            )
+
     def run(self, batches: Sequence[Tensor], rows: Sequence[Tensor]) -> Tensor:
         """A step for each batch, with its row; the loss of the last one, summed over the batch."""
+        runs = list(zip(batches, rows, strict=False))
         # Products read the switch for tf32 when they run (a captured one has chosen its kernels);
         # bf16 is in the graph. To ask is sooner done than to turn it.
         if self._capture or stands(self.svi.precision, self.svi.device):
             with torch.no_grad():
-                return self._run(batches, rows)
+                return self._run(runs)
         with torch.no_grad(), networks_in(None, self.svi.precision):
-            return self._run(batches, rows)
+            return self._run(runs)
 
-    def _run(self, batches: Sequence[Tensor], rows: Sequence[Tensor]) -> Tensor:
+    def _run(self, runs: list[tuple[Tensor, Tensor]]) -> Tensor:
+        if self._recording is not None and not self._recording.stands():
+            self._recording, self.room = None, 1
+            self.refusal = "a tensor was moved in memory"
         if self._recording is None:
-            losses = [self._once(*run) for run in zip(batches, rows, strict=False)]
-            return losses[-1]
+            return [self._once(*run) for run in runs][-1]
         started = time.perf_counter()
-        played = self._recording.play(list(zip(batches, rows, strict=False)))
-        each = (time.perf_counter() - started) / len(batches)
+        losses = self._recording.play(runs)
+        # Autograd sees who writes by torch's operations, and nobody else.
+        torch.autograd.graph.increment_version(self.svi._state)
         if not works_between_steps(self.svi.optim.optimizer):
+            each = (time.perf_counter() - started) / len(runs)
             self.room = min(max(int(_PATIENCE / each), 1), _LONGEST_QUEUE)
-        return played[-1]
+        return losses[-1]
 
     def _once(self, batch: Tensor, row: Tensor) -> Tensor:
         if self._capture:
@@ -552,6 +576,12 @@ class _Step:
             return first
         self.svi.reduce(first)
         return self._graphs[1](*self.svi._state, first, inputs[-1])
+
+
+def _are_same(ours: Tensor, theirs: Tensor) -> bool:
+    """Whether two finite results differ by rounding alone, of the same kernels in other memory."""
+    size, error = theirs.double().norm(), (ours.double() - theirs.double()).norm()
+    return bool(error <= 1e-4 * size)
 
 
 def _keep(state: dict[str, Any], ours: Sequence[Tensor], loaded: Sequence[Tensor]) -> None:

@@ -5,12 +5,12 @@ import logging
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
 from pyrovae import rewriting
 from pyrovae.recording import NotRecordableError, Recording
@@ -27,8 +27,8 @@ class Compiled:
 
     Args:
         run: what Inductor's front returned.
-        inner: what that calls with a list of tensors, those that the graph holds first.
-        held: those.
+        inner: what that calls with a list of tensors.
+        held: tensors of the graph's own, which are in that list too.
     """
 
     def __init__(self, run: Callable[..., Any], inner: Any, held: Sequence[Tensor]):
@@ -87,15 +87,15 @@ def compiled(graph: GraphModule, example: Sequence[Tensor]) -> Compiled:
     """
     try:
         with torch.no_grad(), quiet_compiler():
-            from torch._functorch import config as functorch
             from torch._inductor import compile_fx  # late: it changes the filters of warnings
 
-            options: dict[str, Any] = {}
-            inner: list[Any] = [None]
+            options = {}
+            inner: Any = None
 
             def kept(*args: Any, **kwargs: Any) -> Any:
-                inner.append(compile_fx.compile_fx_inner(*args, **kwargs))
-                return inner[-1]
+                nonlocal inner
+                inner = compile_fx.compile_fx_inner(*args, **kwargs)
+                return inner
 
             # The operations are copied, the tensors that they hold are not: a program may write
             # into one between two calls.
@@ -105,51 +105,47 @@ def compiled(graph: GraphModule, example: Sequence[Tensor]) -> Compiled:
                 # A graph with its gradient inside looks like inference to Inductor, which then
                 # lays images out with channels innermost: three lanes of a vector's sixteen.
                 options["layout_optimization"] = False
-                # Said in words, for older versions keep kernels without saying for how many.
-                options["cpp.threads"] = torch.get_num_threads()
-            # Kept by Inductor alone: what AOTAutograd keeps would be had without a look within.
-            whole = functorch.patch(enable_autograd_cache=False)
-            with whole, _kept_on_disk(graph, example) as given:
+            held = [*graph.parameters(), *graph.buffers()]
+            with _kept_on_disk(example) as given:
                 run: Any = compile_fx.compile_fx(
-                    graph, given, inner_compile=kept, config_patches=options
+                    graph, list(given), inner_compile=kept, config_patches=options
                 )
             run(*(t.clone() for t in example))  # the first call completes the work
-            return Compiled(
-                run, inner[-1], [getattr(graph, str(node.target)) for node in _held(graph)]
-            )
+            return Compiled(run, inner, held)
     except Exception as error:
         reason = " ".join(str(error).split())[:160]
         raise NotTraceableError(f"the compilation failed: {reason}") from error
 
 
 @contextmanager
-def _kept_on_disk(graph: GraphModule, example: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+def _kept_on_disk(example: Sequence[Tensor]) -> Iterator[Sequence[Tensor]]:
     """The example as Inductor wants it, to keep what it compiles for the next process.
 
-    It does so for tensors without values, of a scope that could have sizes left open. A graph that
-    holds tensors of its own is not for it: another process would get copies of them, and a program
-    may write into its own.
+    It looks into its cache only where a tracing context has a `ShapeEnv`, which is where sizes that
+    are left open would be; none is here. What AOTAutograd would keep is a whole, into which nobody
+    can look, so that is left out.
     """
-    if _holds_tensors(graph):
-        yield list(example)
-        return
-    from torch._guards import TracingContext, tracing
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+    given: Sequence[Tensor] = example
+    with ExitStack() as scope:
+        try:
+            from torch._functorch import config as functorch
+            from torch._guards import TracingContext, tracing
+            from torch._inductor.cpu_vec_isa import pick_vec_isa
+            from torch._subclasses.fake_tensor import FakeTensorMode
+            from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-    with tracing(TracingContext(mode)):
-        yield [mode.from_tensor(t, static_shapes=True) for t in example]
-
-
-def _holds_tensors(graph: GraphModule) -> bool:
-    """Whether a tensor of the program is in the graph, and not only numbers that it wrote down."""
-    written = torch.ops.aten.lift_fresh_copy.default
-    return any(user.target is not written for node in _held(graph) for user in node.users)
-
-
-def _held(graph: GraphModule) -> list[Node]:
-    return [node for node in graph.graph.nodes if node.op == "get_attr"]
+            scope.enter_context(functorch.patch(enable_autograd_cache=False))
+            # Kernels are made for a processor and a number of threads, which older versions of
+            # torch do not ask for when they take one from the cache.
+            made_for = f"{pick_vec_isa()}, {torch.get_num_threads()} threads"
+            config: Any = torch.compiler.config
+            scope.enter_context(config.patch(cache_key_tag=made_for))
+            mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+            given = [*(mode.from_tensor(t, static_shapes=True) for t in example)]
+            scope.enter_context(tracing(TracingContext(mode)))
+        except (ImportError, AttributeError):  # private parts of torch: then nothing is kept
+            given = example
+        yield given
 
 
 def captured(

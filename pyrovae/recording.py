@@ -24,6 +24,7 @@ from torch import Tensor
 _KERNEL = "kernel"
 _PRODUCT = "aoti_torch_cpu_{}_out"
 _ALIGNMENT = 64  # bytes, of a line of the cache and of the widest vector
+_MESSAGE = 256
 
 
 class NotRecordableError(Exception):
@@ -56,12 +57,16 @@ class Recording:
         result, *others = _run_on_stand_ins(function, places, scribe)
         if others or not isinstance(result, _Place) or result.tensor().numel() != 1:
             raise NotRecordableError("it returns other things than one number")
-        self.memory = scribe.memory
-        """What lies between inputs and result, in bytes."""
-        self._held = (list(inputs), list(given), scribe.libraries)
         self.result = result.tensor()
         """Where the function's result is after a run."""
+        # Held as long as it may be played: what lies between inputs and result, and the kernels.
+        self._memory = scribe.memory
+        self._libraries = scribe.libraries
+        self._given = list(given)
+        self._inputs = [t for t in inputs if t is not None]
+        self._addresses = _addresses(self._inputs)
         table = _Table()
+        weakref.finalize(self, _release, table.handles).atexit = False
         lines = [call.line(table) for call in scribe.calls]
         copies = [
             f"memcpy({table.slot(t.data_ptr())}, given[i * {len(given)} + {j}], {t.nbytes});"
@@ -69,24 +74,40 @@ class Recording:
         ]
         size = self.result.element_size()
         kept = f"memcpy(results + i * {size}, {table.slot(result.pointer)}, {size});"
-        self._play = _compiled(_SOURCE.format(body="\n        ".join([*copies, *lines, kept])))
+        self._play = _compiled(
+            _SOURCE.format(body="\n        ".join([*copies, *lines, kept]), message=_MESSAGE)
+        )
         self._table = (ctypes.c_void_p * len(table.values))(*table.values)
-        weakref.finalize(self, _release, table.handles).atexit = False
+
+    def stands(self) -> bool:
+        """Whether its inputs still lie where they lay; memory that is shared later is moved."""
+        return _addresses(self._inputs) == self._addresses
 
     def play(self, runs: Sequence[Sequence[Tensor]]) -> Tensor:
         """Run once with each of these for what is given; the results, one number each.
 
         Args:
             runs: tensors of the sizes and types of what is given, contiguous.
+
+        Raises:
+            ValueError: for other sizes or types.
+            RuntimeError: if a call fails.
         """
+        for run in runs:
+            for t, known in zip(run, self._given, strict=True):
+                if t.shape != known.shape or t.dtype != known.dtype or not t.is_contiguous():
+                    raise ValueError(
+                        f"expected {known.dtype} {tuple(known.shape)}, contiguous; got {t.dtype} "
+                        f"{tuple(t.shape)}"
+                    )
         count = len(runs)
         pointers = [t.data_ptr() for run in runs for t in run]
         results = self.result.new_empty(count)
-        failed = self._play(
-            self._table, count, (ctypes.c_void_p * len(pointers))(*pointers), results.data_ptr()
-        )
+        why = ctypes.create_string_buffer(_MESSAGE)
+        given = (ctypes.c_void_p * len(pointers))(*pointers)
+        failed = self._play(self._table, count, given, results.data_ptr(), why)
         if failed:
-            raise RuntimeError(f"call {failed} of the recorded step failed")
+            raise RuntimeError(f"call {failed} of a recorded function failed {why.value.decode()}")
         return results
 
 
@@ -134,6 +155,11 @@ class _Place:
             base = base.view(self._dtype)
         return base.as_strided(self._size, self._stride, base.storage_offset() + self._offset)
 
+    def lies(self, size: Sequence[int], stride: Sequence[int]) -> bool:
+        """Whether it has this size and stride; the stride of a single row is nobody's business."""
+        pairs = zip(self._size, self._stride, stride, strict=False)
+        return self._size == tuple(size) and all(n == 1 or s == t for n, s, t in pairs)
+
     def seen_as(self, size: Sequence[int], stride: Sequence[int], more: int) -> "_Place":
         return _Place(self._memory, size, stride, self._dtype, self._offset + more)
 
@@ -172,8 +198,8 @@ class _Scribe:
         return {
             "empty_strided_cpu": self._empty,
             "reinterpret_tensor": lambda place, *how: place.seen_as(*how),
-            "assert_size_stride": _pass,
-            "assert_size_stride_grouped": _pass,
+            "assert_size_stride": _check,
+            "assert_size_stride_grouped": _check_each,
             "extern_kernels": _Products(self.product),
             "torch": _Types(),
         }
@@ -232,8 +258,19 @@ class _Types:
         return found
 
 
-def _pass(*given: object) -> None:
-    """Shapes were checked when the function ran."""
+def _check(place: _Place, size: Sequence[int], stride: Sequence[int], *what: object) -> None:
+    if not place.lies(size, stride):
+        raise NotRecordableError("it expects tensors of other shapes")
+
+
+def _check_each(
+    places: Sequence[_Place],
+    sizes: Sequence[Sequence[int]],
+    strides: Sequence[Sequence[int]],
+    *what: object,
+) -> None:
+    for place, size, stride in zip(places, sizes, strides, strict=True):
+        _check(place, size, stride)
 
 
 def _run_on_stand_ins(
@@ -249,12 +286,12 @@ def _run_on_stand_ins(
     if not isinstance(plain, FunctionType):
         raise NotRecordableError("it is not written in Python")
     names: dict[str, Any] = {"__builtins__": {}, **scribe.names()}
-    for name in plain.__code__.co_names:
-        known = plain.__globals__.get(name)
-        if isinstance(known, BuiltinFunctionType) and known.__name__ == _KERNEL:
-            names[name] = scribe.kernel(known)
-    ours = FunctionType(plain.__code__, names)
     try:
+        for name in plain.__code__.co_names:
+            known = plain.__globals__.get(name)
+            if isinstance(known, BuiltinFunctionType) and known.__name__ == _KERNEL:
+                names[name] = scribe.kernel(known)
+        ours = FunctionType(plain.__code__, names)
         results: tuple[Any, ...] = ours(None, places) if bound else ours(places)
     except Exception as error:  # whatever a stand-in cannot do, or a name that is not there
         raise NotRecordableError(str(error)) from error
@@ -264,15 +301,22 @@ def _run_on_stand_ins(
 # The loop.
 
 _SOURCE = """
+#include <cstdio>
 #include <cstring>
+#include <exception>
 
-extern "C" int play(void** table, long count, const void* const* given, char* results) {{
+extern "C" int play(
+    void** table, long count, const void* const* given, char* results, char* why
+) {{
     int call = 0;
     try {{
         for (long i = 0; i < count; ++i) {{
         call = 0;
         {body}
         }}
+    }} catch (const std::exception& error) {{
+        snprintf(why, {message}, "(%s)", error.what());
+        return call;
     }} catch (...) {{
         return call;
     }}
@@ -305,9 +349,14 @@ def _release(handles: list[int]) -> None:
         _torch().aoti_torch_delete_tensor_object(ctypes.c_void_p(handle))
 
 
-_pointer_of = ctypes.pythonapi.PyCapsule_GetPointer
-_pointer_of.restype = ctypes.c_void_p
-_pointer_of.argtypes = [ctypes.py_object, ctypes.c_char_p]
+# A function object of our own: the attributes of the one that ctypes keeps are everybody's.
+_pointer_of = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
+    ("PyCapsule_GetPointer", ctypes.pythonapi)
+)
+
+
+def _addresses(tensors: Sequence[Tensor]) -> list[int]:
+    return [t.data_ptr() for t in tensors]
 
 
 def _address(library: ctypes.CDLL, name: str) -> int:
@@ -324,5 +373,6 @@ def _compiled(source: str) -> Callable[..., int]:
 
     function = CppCodeCache.load(source).play
     function.restype = ctypes.c_int
-    function.argtypes = [ctypes.c_void_p, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
+    pointers = [ctypes.c_void_p] * 3
+    function.argtypes = [ctypes.c_void_p, ctypes.c_long, *pointers]
     return function

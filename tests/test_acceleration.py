@@ -280,7 +280,8 @@ def test_the_compiled_step_agrees_and_is_compiled_once(monkeypatch, inductor):
     svi, *rest = both_ways("compiled", "elbo", {"clip_norm": 5.0})
     assert_agree(svi, *rest)
     assert len(made) == 1  # learning rate and KL weight changed at each of the 20 steps
-    assert [step._recording is not None for step in svi._steps.values()] == [True, False]
+    first, ragged = svi._steps.values()
+    assert first.refusal == "" and first._recording is not None and ragged._recording is None
 
 
 @pytest.mark.gpu
@@ -658,6 +659,90 @@ def test_a_recording_that_errs_is_given_up(monkeypatch):
     assert slope.item() == pytest.approx(0.3) and int(svi._health[0]) == 0
     svi.queue(torch.ones(8))
     assert svi.count == int(svi._health[0]) == 1
+
+
+@needs_compiler
+def test_a_recording_that_cannot_be_played_is_given_up(monkeypatch):
+    def broken(self, runs):
+        raise RuntimeError("call 1 of a recorded function failed")
+
+    monkeypatch.setattr(Recording, "play", broken)
+    svi, _, _ = compiled_svi()
+    assert svi.prepare(torch.zeros(8)).refusal == "call 1 of a recorded function failed"
+    svi.step(torch.ones(8))
+    svi.check()
+
+
+@needs_compiler
+def test_a_recording_is_given_up_where_memory_moved():
+    svi, _, slope = compiled_svi()
+    slope.data.share_memory_()
+    for _ in range(3):
+        before = slope.detach().clone()
+        svi.queue(torch.randn(8))
+        assert not torch.equal(slope, before)
+    step = svi.prepare(torch.zeros(8))
+    assert step._recording is None and step.refusal == "a tensor was moved in memory"
+    assert svi.count == int(svi._health[0]) == 3
+
+
+@needs_compiler
+def test_a_gradient_through_weights_that_have_moved_on_is_refused():
+    """As after any step of torch's own."""
+    svi, _, slope = compiled_svi()
+    square = slope * slope
+    svi.queue(torch.ones(8))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        square.backward()
+
+
+def test_a_loaded_state_has_no_steps_waiting():
+    vae, data = tiny_vae()
+    svi = traced_svi(vae, WholeModelOptimizer(vae.named_parameters()), split=data.train)
+    svi.prepare(torch.arange(4)).room = 9
+    svi.queue(torch.arange(4))
+    svi.bind()
+    svi.check()
+    assert svi.count == int(svi._health[0]) == 0
+
+
+@pytest.mark.parametrize("other", [torch.zeros(4, 2), torch.zeros(4, dtype=torch.int32)])
+def test_batches_of_a_size_are_alike(other):
+    vae, data = tiny_vae()
+    svi = traced_svi(vae, WholeModelOptimizer(vae.named_parameters()), split=data.train)
+    svi.step(torch.arange(4))
+    with pytest.raises(InputError, match=r"expected each batch of 4 to be torch.int64 \(4,\) on"):
+        svi.step(other)
+    svi.check()
+    assert svi.count == 1
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_steps_of_two_threads_are_played_as_they_are_called():
+    """With products in halves; both on the same noise, from the same weights."""
+    torch.set_num_threads(2)
+    try:
+        ends = []
+        for recorded in (True, False):
+            config = tiny_config(hidden=(128, 128))
+            data = tiny_data(config, n=100)
+            vae = cfg.build(config, data)
+            optim = WholeModelOptimizer(vae.named_parameters())
+            svi = traced_svi(vae, optim, "compiled", split=data.train)
+            step = svi.prepare(torch.arange(32))
+            assert step._recording is not None, step.refusal
+            if not recorded:
+                step._recording = None
+            for i in range(40):
+                optim.begin(1e-3, 32)
+                svi.queue(torch.arange(32) + i)
+            svi.check()
+            ends.append([*vae.state_dict().values(), svi.total])
+        for a, b in zip(*ends, strict=True):
+            assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
+    finally:
+        torch.set_num_threads(1)
 
 
 @needs_compiler

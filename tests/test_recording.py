@@ -71,6 +71,8 @@ def test_what_is_added_is_weighted_as_it_was():
         ["extern_kernels.mm(args[0], args[2], out=args[0])", "return (args[0], )"],
         ["return (args[0], args[1])"],
         ["return (3, )"],
+        ["assert_size_stride(args[0], (2, 3), (3, 1))", "return (args[0], )"],
+        ["assert_size_stride_grouped(args[:2], [(2, 2)] * 2, [(2, 1), (1, 2)])", "return ()"],
         ["return (reinterpret_tensor(args[0], (2, ), (1, ), 0), )"],
     ],
     ids=lambda body: body[0],
@@ -92,8 +94,48 @@ def test_what_is_not_of_python_is_not_recorded():
 def test_a_call_that_fails_is_named():
     a, b = torch.zeros(2, 2), torch.randn(3, 3)  # of shapes that do not fit
     recording = Recording(written_by_hand(PRODUCT), [a, b], [])
-    with pytest.raises(RuntimeError, match="call 1 of the recorded step failed"):
+    with pytest.raises(RuntimeError, match="call 1 of a recorded function failed"):
         recording.play([[]])
+
+
+@needs_compiler
+def test_what_is_given_must_be_alike():
+    a, b = torch.zeros(2, 2), torch.randn(2, 3)
+    recording = Recording(written_by_hand(PRODUCT), [a, b], [a])
+    for other in (torch.zeros(2, 1), torch.zeros(2, 2, dtype=torch.float64), torch.ones(2, 2).t()):
+        with pytest.raises(ValueError, match=r"expected torch.float32 \(2, 2\), contiguous; got"):
+            recording.play([[torch.zeros(2, 2)], [other]])
+    assert not a.any()
+
+
+@needs_compiler
+def test_inputs_lie_anywhere_until_they_move():
+    a, b = torch.zeros(2, 2), torch.randn(2, 5)[:, 1:4]
+    recording = Recording(written_by_hand(PRODUCT), [a, b], [a])
+    given = torch.randn(3, 2, 2)[1]
+    assert float(recording.play([[given]])[0]) == pytest.approx(float((given @ b)[1, 1]), rel=1e-5)
+    assert recording.stands()
+    b.share_memory_()
+    assert not recording.stands()
+
+
+@needs_compiler
+def test_memory_is_kept_while_a_view_of_it_is_left():
+    body = [
+        "first = empty_strided_cpu((2, 2), (2, 1), torch.float32)",
+        "extern_kernels.mm(args[0], args[1], out=first)",
+        "view = reinterpret_tensor(first, (2, 2), (2, 1), 0)",
+        "del first",
+        "second = empty_strided_cpu((2, 2), (2, 1), torch.float32)",
+        "extern_kernels.mm(args[1], args[1], out=second)",
+        "third = empty_strided_cpu((2, 2), (2, 1), torch.float32)",
+        "extern_kernels.mm(view, second, out=third)",
+        "return (reinterpret_tensor(third, (), (), 2), )",
+    ]
+    a, b = torch.randn(2, 2), torch.randn(2, 2)
+    recording = Recording(written_by_hand(body), [a, b], [])
+    expected = float((a @ b @ (b @ b))[1, 0])
+    assert float(recording.play([[]])[0]) == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
 
 @needs_compiler
@@ -110,7 +152,7 @@ def test_memory_is_used_again_and_given_back():
     recording = Recording(written_by_hand([*lines, last]), [x, weight], [x])
     whole = torch.linalg.multi_dot([x, *[weight] * 6])
     assert float(recording.play([[x]])[0]) == pytest.approx(float(whole[1, 6]), rel=1e-3, abs=1e-4)
-    assert len(recording.memory) == 2  # one is read while the other is written
+    assert len(recording._memory) == 2  # one is read while the other is written
     assert uses_of(weight.untyped_storage()._cdata) > held
     del recording
     assert uses_of(weight.untyped_storage()._cdata) == held
@@ -169,6 +211,16 @@ def test_a_compiler_without_such_parts_is_not_recorded(compiled_pair, monkeypatc
         compiled.recorded(inputs, inputs[-1:])
 
 
+def test_without_its_private_parts_torch_keeps_nothing(monkeypatch):
+    from torch._inductor import cpu_vec_isa
+
+    monkeypatch.delattr(cpu_vec_isa, "pick_vec_isa")
+    inputs = [torch.zeros(2)]
+    with pytest.raises(KeyError), compiling._kept_on_disk(inputs) as given:
+        assert given is inputs
+        raise KeyError  # of the compilation itself, which is not swallowed
+
+
 @needs_compiler
 def test_what_was_compiled_is_kept_for_the_next_process(compiled_pair):
     from torch._dynamo.utils import counters
@@ -176,6 +228,12 @@ def test_what_was_compiled_is_kept_for_the_next_process(compiled_pair):
     move, _, inputs = compiled_pair
     before = counters["inductor"]["fxgraph_cache_hit"]
     compiled = compiling.compiled(tracing.trace(move, *inputs), inputs)
+    assert counters["inductor"]["fxgraph_cache_hit"] == before + 1
+    torch.set_num_threads(2)
+    try:  # with kernels of their own
+        compiling.compiled(tracing.trace(move, *inputs), inputs)
+    finally:
+        torch.set_num_threads(1)
     assert counters["inductor"]["fxgraph_cache_hit"] == before + 1
     ours, theirs = inputs[0].clone(), inputs[0].clone()
     assert torch.allclose(compiled(ours, *inputs[1:]), move(theirs, *inputs[1:]), rtol=1e-4)

@@ -14,7 +14,8 @@ from bench.peers import pythae_nll, torch_loop, torch_losses, torch_step
 from pyrovae import compiled_terms, importance
 from pyrovae.evaluation import evaluate
 
-PYTHAE, LOOP, OURS = "pythae, get_nll", "torch loop, 64 x 100", "pyrovae, evaluate"
+PYTHAE, PYTHAE_NO_GRAD = "pythae, get_nll", "pythae, get_nll, under no_grad"
+LOOP, OURS = "torch loop, 64 x 100", "pyrovae, evaluate"
 LAYERS, SQUARE = "products of the decoder's shapes", "products of large squares"
 SCALED = 10_000
 ROWS = torch_loop.IMAGES * torch_loop.PARTICLES
@@ -37,7 +38,7 @@ def importance_weighted(effort: Effort) -> list[Table]:
     few, K = effort.of(32, 4), effort.of(5000, 200)
     # A GPU takes seconds for all: measured on few, the start of an evaluation would be scaled too.
     most = SCALED if gpu and not effort.smoke else few
-    images = {PYTHAE: few, LOOP: most, OURS: most}
+    images = {PYTHAE: few, PYTHAE_NO_GRAD: few, LOOP: most, OURS: most}
     rounds = effort.of(5, 2)
     data = cases.digits(effort.of(20_064, 800) + most, test_size=most)
     vae = cases.mlp_vae(hidden=hidden, latent=latent).to(cases.device())
@@ -58,10 +59,14 @@ def importance_weighted(effort: Effort) -> list[Table]:
         return lambda: values.__setitem__(name, score())
 
     say(f"log p(x), K = {K}, {most} images")
+
+    def pythae(no_grad: bool) -> Callable[[], float]:
+        scored = pythae_nll.Scored(copy.deepcopy(net), latent)
+        return functools.partial(scored.log_likelihood, xs[few], K, no_grad)
+
     makers: dict[str, Callable[[], Callable[[], float]]] = {
-        PYTHAE: lambda: functools.partial(
-            pythae_nll.Scored(copy.deepcopy(net), latent).log_likelihood, xs[few], K
-        ),
+        PYTHAE: lambda: pythae(no_grad=False),
+        PYTHAE_NO_GRAD: lambda: pythae(no_grad=True),
         LOOP: lambda: functools.partial(torch_loop.log_likelihood, net, xs[most], K),
         OURS: lambda: ours(vae, splits[most], xs[most], K),
     }
@@ -98,12 +103,13 @@ def importance_weighted(effort: Effort) -> list[Table]:
         reference, tolerance = references[images[name]], tolerances[images[name]]
         scaled = {n: [s * SCALED / images[n] for s in seconds[n]] for n in makers if n in seconds}
         each = spread(scaled[name])
-        ratio = faster(scaled, name, PYTHAE)
+        ratios = [faster(scaled, name, reference) for reference in (PYTHAE, PYTHAE_NO_GRAD)]
         rows.append(
             {
                 "name": name,
                 "seconds": each._asdict(),
-                "faster": ratio and ratio._asdict(),
+                "faster": ratios[0] and ratios[0]._asdict(),
+                "faster_no_grad": ratios[1] and ratios[1]._asdict(),
                 "gflops": rate[name].median,
                 "of_layers": rate[name].median / rate[LAYERS].median,
                 "of_square": rate[name].median / rate[SQUARE].median,
@@ -120,13 +126,14 @@ def importance_weighted(effort: Effort) -> list[Table]:
                 "name": "",
                 "seconds": f"seconds for {SCALED:,} images",
                 "faster": "times as fast as pythae",
+                "faster_no_grad": "times as fast as pythae under no_grad",
                 "gflops": "GFLOP/s in the decoder's products",
                 "of_layers": "of the rate of its shapes",
                 "of_square": "of the rate of squares",
                 "log_likelihood": "log p(x), nats",
                 "agrees": "agrees",
             },
-            "note": f"{PYTHAE}: measured on {few} images, the others on {most:,}, and scaled to "
+            "note": f"pythae: measured on {few} images, the others on {most:,}, and scaled to "
             f"{SCALED:,}; {rounds} rounds. Products: {ROWS:,} rows through the decoder's shapes; "
             f"squares of {side}. Agreement: within {max(tolerances.values()):.2f} nats of "
             "pyrovae's estimate with another seed.",

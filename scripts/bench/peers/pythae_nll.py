@@ -39,7 +39,10 @@ class Scored:
         config = VAEConfig(input_dim=(784,), latent_dim=latent, reconstruction_loss="bce")
         self.vae = VAE(config, encoder=Encoder(), decoder=Decoder()).to(cases.device())
 
-    @torch.no_grad()
-    def log_likelihood(self, x: Tensor, num_particles: int) -> float:
-        """Mean over x of the estimate of log p(x), which pythae returns under the name nll."""
-        return float(self.vae.get_nll(x, n_samples=num_particles))
+    def log_likelihood(self, x: Tensor, num_particles: int, no_grad: bool) -> float:
+        """Mean over x of the estimate of log p(x), which pythae returns under the name nll.
+
+        It leaves to its caller whether torch prepares for a gradient that nobody asks for.
+        """
+        with torch.set_grad_enabled(not no_grad):
+            return float(self.vae.get_nll(x, n_samples=num_particles))

@@ -9,7 +9,7 @@ replayed as it is, and `rewriting` puts `spelt_out` in its place where the graph
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -48,17 +48,26 @@ def threefry(key: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor
     return a, b
 
 
-def spelt_out(key: Any, first: Any, second: Any) -> tuple[Any, Any]:
-    """Threefry as the operations that it is made of."""
-    return _rounds((key[0], key[1], key[0] ^ key[1] ^ _PARITY), first, second, _masked)
+def spelt_out(
+    key: Any, first: Any, second: Any, settled: Callable[[Any], Any] | None = None
+) -> tuple[Any, Any]:
+    """Threefry as the operations that it is made of; ``settled`` is called on a value of each round.
+
+    A compiler that writes out what a value is made of wherever it is used would write the first
+    rounds thousands of times.
+    """
+    keys = key[0], key[1], key[0] ^ key[1] ^ _PARITY
+    return _rounds(keys, first, second, _masked, settled or (lambda x: x))
 
 
-def _rounds(keys: Any, first: Any, second: Any, rotated: Any) -> tuple[Any, Any]:
+def _rounds(
+    keys: Any, first: Any, second: Any, rotated: Any, settled: Callable[[Any], Any] = lambda x: x
+) -> tuple[Any, Any]:
     a, b = first + keys[0], second + keys[1]
     for group in range(_ROUNDS // 4):
         for rotation in _ROTATIONS[group % 2]:
             a = a + b
-            b = rotated(b, rotation) ^ a
+            b = settled(rotated(b, rotation) ^ a)
         a = a + keys[(group + 1) % 3]
         b = b + keys[(group + 2) % 3] + (group + 1)
     return a, b

@@ -16,6 +16,7 @@ Whoever compiles a graph holds the result against what was traced.
 
 import operator
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -74,7 +75,11 @@ def _rewritten(graph: GraphModule, rules: Rules) -> GraphModule:
 
 def _threefry(node: Node) -> None:
     """Each use of it takes one of its two words."""
-    words = _operations(node, counters.spelt_out, *node.args)
+    word = node.meta["val"][0]
+    size, stride = tuple(word.shape), word.stride()
+    # A view by strides has a place in memory; where all is one loop, it is left out again.
+    settled = partial(torch.as_strided, size=size, stride=stride)
+    words = _operations(node, partial(counters.spelt_out, settled=settled), *node.args)
     for user in list(node.users):
         _replace(user, words[user.args[1]].node)
     node.graph.erase_node(node)

@@ -78,7 +78,12 @@ def all_rows() -> list[Any]:
         tables = module("reproduction.rows").TABLES
     finally:
         sys.path.remove(str(ROOT / "scripts"))
-    return [pytest.param(t, n, id=f"{t}-{n}") for t, rows in tables.items() for n in rows]
+
+    def row(table: str, name: str) -> Any:
+        marks = [pytest.mark.slow] if "conv" in name else []  # a third of the time of all
+        return pytest.param(table, name, id=f"{table}-{name}", marks=marks)
+
+    return [row(table, name) for table, rows in tables.items() for name in rows]
 
 
 @pytest.mark.parametrize(("table", "name"), all_rows())

@@ -51,7 +51,7 @@ def threefry(key: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor
 def spelt_out(
     key: Any, first: Any, second: Any, settled: Callable[[Any], Any] | None = None
 ) -> tuple[Any, Any]:
-    """Threefry as the operations that it is made of; ``settled`` may change a value of each round.
+    """Threefry as the operations that it is made of; ``settled`` passes a value of each on.
 
     A compiler that writes out what a value is made of wherever it is used would write the first
     rounds thousands of times.

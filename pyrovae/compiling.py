@@ -135,11 +135,12 @@ def _kept_on_disk(example: Sequence[Tensor]) -> Iterator[Sequence[Tensor]]:
             from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
             scope.enter_context(functorch.patch(enable_autograd_cache=False))
-            # Kernels are made for a processor and a number of threads, which older versions of
-            # torch do not ask for when they take one from the cache.
-            made_for = f"{pick_vec_isa()}, {torch.get_num_threads()} threads"
-            config: Any = torch.compiler.config
-            scope.enter_context(config.patch(cache_key_tag=made_for))
+            if not any(t.is_cuda for t in example):
+                # Kernels are made for a processor and a number of threads, which older versions
+                # of torch do not ask for when they take one from the cache.
+                made_for = f"{pick_vec_isa()}, {torch.get_num_threads()} threads"
+                config: Any = torch.compiler.config
+                scope.enter_context(config.patch(cache_key_tag=made_for))
             mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
             given = [*(mode.from_tensor(t, static_shapes=True) for t in example)]
             scope.enter_context(tracing(TracingContext(mode)))

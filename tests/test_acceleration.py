@@ -579,7 +579,7 @@ def compiled_svi(**options):
 def test_steps_of_the_queue_are_steps(monkeypatch):
     """Each with its own x and rate, some of another size, and whoever looks finds them done."""
     monkeypatch.setattr(acceleration, "_PATIENCE", 1e6)
-    sizes = [8] * 20 + [5] + [8] * 50
+    sizes = [8] * 20 + [5] + [8] * 10 + [5] + [8] * 39
     xs = [torch.randn(n, generator=torch.Generator().manual_seed(i)) for i, n in enumerate(sizes)]
     ends = []
     for queued in (False, True):
@@ -588,6 +588,8 @@ def test_steps_of_the_queue_are_steps(monkeypatch):
         waited = []
         for i, x in enumerate(xs):
             optim.begin(0.01 * (1 + i % 3), len(x))
+            if i == 40:
+                svi.prepare(torch.zeros(3))
             before, count = slope.detach().clone(), svi.count
             if not queued:
                 svi.step(x)

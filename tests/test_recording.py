@@ -66,6 +66,7 @@ def test_what_is_added_is_weighted_as_it_was():
         ["print(args[0])", "return (args[0], )"],
         ["import os", "return (args[0], )"],
         ["other_library(args[0])", "return (args[0], )"],
+        ["without_arguments()", "return (reinterpret_tensor(args[0], (), (), 0), )"],
         ["if args[0] > 0:", "    pass", "return (args[0], )"],
         ["extern_kernels.convolution(args[0], args[1])", "return (args[0], )"],
         ["extern_kernels.mm(args[0], args[1], 3, out=args[0])", "return (args[0], )"],
@@ -80,7 +81,8 @@ def test_what_is_added_is_weighted_as_it_was():
 )
 def test_what_is_not_known_is_not_recorded(body):
     x = torch.zeros(2, 2)
-    call = written_by_hand(body, other_library=lambda x: x.add_(1.0))
+    others = {"other_library": lambda x: x.add_(1.0), "without_arguments": lambda: x.add_(1.0)}
+    call = written_by_hand(body, **others)
     with pytest.raises(NotRecordableError):
         Recording(call, [x, torch.zeros(2, 2), None], [])
     assert not x.any()

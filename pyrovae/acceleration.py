@@ -185,7 +185,6 @@ class CompiledSVI:
             batch: x (B, *x_shape), or, with a split, the indices (B,) of its images.
             images: of all processes together, where there are several; default B.
         """
-        self.flush()
         self._enqueue(batch, images)
         return self._take()
 

@@ -80,7 +80,7 @@ def all_rows() -> list[Any]:
         sys.path.remove(str(ROOT / "scripts"))
 
     def row(table: str, name: str) -> Any:
-        marks = [pytest.mark.slow] if "conv" in name else []  # a third of the time of all
+        marks = [pytest.mark.slow] if "conv" in name else []  # by far the slowest
         return pytest.param(table, name, id=f"{table}-{name}", marks=marks)
 
     return [row(table, name) for table, rows in tables.items() for name in rows]

@@ -103,7 +103,7 @@ def importance_weighted(effort: Effort) -> list[Table]:
         reference, tolerance = references[images[name]], tolerances[images[name]]
         scaled = {n: [s * SCALED / images[n] for s in seconds[n]] for n in makers if n in seconds}
         each = spread(scaled[name])
-        ratios = [faster(scaled, name, reference) for reference in (PYTHAE, PYTHAE_NO_GRAD)]
+        ratios = [faster(scaled, name, peer) for peer in (PYTHAE, PYTHAE_NO_GRAD)]
         rows.append(
             {
                 "name": name,

@@ -432,14 +432,15 @@ def evaluate_run(
 
 
 def keep(run: Run, result: Evaluation, *, limit: int | None, parameters: int) -> Measured:
-    """Store an evaluation of a run's weights for later comparisons; by its own guide alone.
+    """Store an evaluation of a run's weights for later comparisons; by its own guide, in float32.
 
-    With another proposal the numbers are as good, but a table must not mix the two.
+    With another proposal the numbers are as good, and with rounded products they are of another
+    model; a table must not mix them.
     """
     tensors = {name: t for name, t in result.per_image._asdict().items() if t.dim() == 1}
     measured = Measured({**result.to_dict(), "commit": commit()}, tensors, parameters)
     path = _path(run, result.split, limit, result.num_particles, result.seed)
-    if result.proposal == str(GUIDE):
+    if result.proposal == str(GUIDE) and result.precision == "fp32":
         with suppress(OSError):  # a run on a read-only disk can be compared too, only not so fast
             save_checkpoint(path, measured._asdict())
     return measured

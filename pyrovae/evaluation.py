@@ -14,12 +14,14 @@ from pyrovae.errors import InputError
 from pyrovae.estimates import PerImage, curve_sizes, delta_error, estimate
 from pyrovae.importance import GUIDE
 from pyrovae.information import Information, information
-from pyrovae.proposals import Proposal
+from pyrovae.precision import networks_in
+from pyrovae.proposals import IMAGE_BLOCK, Proposal
 
 __all__ = [
     "Bound",
     "Evaluation",
     "PerImage",
+    "Shift",
     "active_units",
     "bits_per_dim",
     "delta_error",
@@ -32,6 +34,8 @@ _NATS_PER_BIT = math.log(2)
 TRUSTED_K = 0.7
 # Fewer draws have too few in their tail for k to be estimated.
 SMALLEST_K = 25
+# Images and draws on which a lower precision is held against float32.
+_COMPARED_IMAGES, _COMPARED_PARTICLES = 100, 1000
 
 
 class Bound(NamedTuple):
@@ -39,6 +43,16 @@ class Bound(NamedTuple):
 
     num_particles: int
     bound: float
+    se: float
+
+
+class Shift(NamedTuple):
+    """What rounding moves log p(x) by, in nats: a mean over images, and its standard error."""
+
+    num_images: int
+    num_particles: int
+    mean: float
+    """Of log p(x) with rounded factors minus log p(x) in float32, on the same noise."""
     se: float
 
 
@@ -69,6 +83,10 @@ class Evaluation(NamedTuple):
     seed: int
     proposal: str
     """What z was drawn from, in words."""
+    precision: str
+    """Of the networks' matrix products: "fp32", "tf32" or "bf16"."""
+    precision_shift: Shift | None
+    """What that moves log p(x) by, of the first images; None in float32."""
     log_likelihood: float
     log_likelihood_se: float
     log_likelihood_mc_error: float
@@ -129,6 +147,9 @@ class Evaluation(NamedTuple):
         summary = {name: value for name, value in self._asdict().items() if name not in left_out}
         summary["curve"] = [[_plain(value) for value in point] for point in self.curve]
         summary["information"] = None if self.information is None else self.information.to_dict()
+        if self.precision_shift is not None:
+            shift = self.precision_shift._asdict()
+            summary["precision_shift"] = {name: _plain(value) for name, value in shift.items()}
         return {name: _plain(value) for name, value in summary.items()}
 
     def __str__(self) -> str:
@@ -153,12 +174,24 @@ class Evaluation(NamedTuple):
             ("ESS", f"median {self.ess_median:.1f} of {self.num_particles}"),
             ("images", f"{self.num_images:,} of the {self.split} split"),
             ("particles", f"K = {self.num_particles}, seed {self.seed}; {self.proposal}"),
+            *self._rounding(),
             ("protocol", f"{self.protocol}; a {self.kind}"),
             ("time", f"{self.seconds:.1f} s on {self.device}"),
         ]
         if self.num_particles == 1:  # one draw knows neither its error nor a curve
             rows = [row for i, row in enumerate(rows) if i not in (1, 2, 3)]
         return "\n".join(f"{name:<18} {value}" for name, value in rows)
+
+    def _rounding(self) -> list[tuple[str, str]]:
+        shift = self.precision_shift
+        if shift is None:
+            return []
+        moved = _with_se(shift.mean, shift.se, "+.4f", ".4f")
+        of = f"first {shift.num_images} images, K = {shift.num_particles}"
+        return [
+            ("precision", f"{self.precision} in the networks' products: a model that rounds,"),
+            ("", f"{moved} nats from float32 ({of})"),
+        ]
 
     def _parts_of_the_rate(self) -> list[tuple[str, str]]:
         parts = self.information
@@ -181,15 +214,14 @@ class Evaluation(NamedTuple):
         return rows
 
 
-def _with_se(value: float, se: float) -> str:
-    return f"{value:.3f}" if se != se else f"{value:.3f} ± {se:.3f}"
+def _with_se(value: float, se: float, form: str = ".3f", form_se: str = ".3f") -> str:
+    return format(value, form) + ("" if se != se else f" ± {se:{form_se}}")
 
 
 def _plain(value: Any) -> Any:
     return None if value != value else value
 
 
-@importance.float32_products()
 def evaluate(
     vae: importance.Programs,
     split: Split,
@@ -201,6 +233,7 @@ def evaluate(
     device: str | torch.device | None = None,
     memory: int | None = None,
     engine: str | importance.Kernel = "auto",
+    precision: str = "fp32",
     progress: Callable[[int], None] | None = None,
 ) -> Evaluation:
     """Estimate log p(x) for every image of a split by importance sampling with the guide.
@@ -226,8 +259,8 @@ def evaluate(
         progress: called with the number of images done.
 
     Raises:
-        InputError: for K < 1, data outside the likelihood's support, or a proposal that cannot be
-            made of the guide.
+        InputError: for K < 1, data outside the likelihood's support, a proposal that cannot be
+            made of the guide, or an unknown precision or engine, or one made for another precision.
 
     Source: Burda et al., Importance Weighted Autoencoders (2016),
     https://arxiv.org/abs/1509.00519
@@ -236,6 +269,11 @@ def evaluate(
     importance.check_has_density(vae)
     if num_particles < 1:
         raise InputError(f"num_particles must be at least 1, got {num_particles}")
+    if getattr(engine, "precision", precision) != precision:
+        raise InputError(
+            f"expected an engine made for precision {precision!r}; got one for "
+            f"{getattr(engine, 'precision', None)!r}; make it anew"
+        )
     if device is not None:
         vae.to(device)
     model, guide, likelihood = vae.model, vae.guide, vae.likelihood
@@ -243,49 +281,93 @@ def evaluate(
     x = split.tensor()
     likelihood.check(x)
 
-    chosen = importance.plan(model, guide, x[:1].to(here), num_particles, memory, proposal)
-    chosen = min(processes.gather(chosen))  # one cut for all: free memory may differ
-    whole = (len(x) // chosen.images) * (num_particles // chosen.particles)
-    kernel = (
-        compiled_terms.terms_kernel(
-            engine, vae, x[: chosen.images].to(here), chosen.particles, whole, proposal
+    with networks_in(vae, precision):
+        chosen = importance.plan(model, guide, x[:1].to(here), num_particles, memory, proposal)
+        chosen = min(processes.gather(chosen))  # one cut for all: free memory may differ
+        whole = (len(x) // chosen.images) * (num_particles // chosen.particles)
+        first = x[: chosen.images].to(here)
+        kernel = (
+            compiled_terms.terms_kernel(
+                engine, vae, first, chosen.particles, whole, proposal, precision
+            )
+            if isinstance(engine, str)
+            else engine
         )
-        if isinstance(engine, str)
-        else engine
-    )
-    batches: dict[int, PerImage] = {}
-    for start in processes.share(list(range(0, len(x), chosen.images))):
-        part = x[start : start + chosen.images].to(here)
-        batches[start] = estimate(
-            model,
-            guide,
-            part,
-            num_particles,
-            chunk=chosen.particles,
-            seed=seed,
-            first_image=start,
-            proposal=proposal,
-            kernel=kernel,
-        )
-        if progress is not None:
-            progress(min(start + chosen.images, len(x)))
-    # Noise belongs to an image and a particle, so it is all one who computes which batch.
-    for others in processes.gather(batches):
-        batches |= others
+
+        def scored(start: int) -> PerImage:
+            return estimate(
+                model,
+                guide,
+                x[start : start + chosen.images].to(here),
+                num_particles,
+                chunk=chosen.particles,
+                seed=seed,
+                first_image=start,
+                proposal=proposal,
+                kernel=kernel,
+            )
+
+        batches: dict[int, PerImage] = {}
+        for start in processes.share(list(range(0, len(x), chosen.images))):
+            batches[start] = scored(start)
+            if progress is not None:
+                progress(min(start + chosen.images, len(x)))
+        # Noise belongs to an image and a particle, so it is all one who computes which batch.
+        for others in processes.gather(batches):
+            batches |= others
+        first = x[:information_images].to(here)
+        parts = information(model, guide, first, seed=seed) if len(first) else None
     in_order = [batches[start] for start in sorted(batches)]
-    images = PerImage(*(torch.cat(column) for column in zip(*in_order, strict=True)))
-    first = x[:information_images].to(here)
     return _summarise(
-        images,
+        PerImage(*(torch.cat(column) for column in zip(*in_order, strict=True))),
         split,
-        parts=information(model, guide, first, seed=seed) if len(first) else None,
+        parts=parts,
         origin=Origin(vae, split, proposal),
         kind=str(likelihood.kind),
         num_particles=num_particles,
         seed=seed,
+        precision=precision,
+        shift=_shift(vae, x, num_particles, chosen.particles, seed, proposal, precision),
         device=str(here),
         seconds=time.perf_counter() - started,
     )
+
+
+def _shift(
+    vae: importance.Programs,
+    x: Tensor,
+    num_particles: int,
+    chunk: int,
+    seed: int,
+    proposal: Proposal,
+    precision: str,
+) -> Shift | None:
+    """How far log p(x) of the first images lies from that in float32, on the same noise."""
+    if precision == "fp32":
+        return None
+    here = next((p.device for p in vae.parameters()), x.device)
+    x = x[:_COMPARED_IMAGES]
+    few = min(num_particles, _COMPARED_PARTICLES)
+
+    def scored(of: str) -> Tensor:
+        with networks_in(vae, of):
+            blocks = [
+                estimate(
+                    vae.model,
+                    vae.guide,
+                    x[start : start + IMAGE_BLOCK].to(here),
+                    few,
+                    chunk=chunk,
+                    seed=seed,
+                    first_image=start,
+                    proposal=proposal,
+                ).log_likelihood
+                for start in range(0, len(x), IMAGE_BLOCK)
+            ]
+        return torch.cat(blocks)
+
+    moved = scored(precision) - scored("fp32")
+    return Shift(len(x), few, float(moved.mean()), _standard_error(moved))
 
 
 def active_units(
@@ -337,6 +419,8 @@ def _summarise(
     kind: str,
     num_particles: int,
     seed: int,
+    precision: str,
+    shift: Shift | None,
     device: str,
     seconds: float,
 ) -> Evaluation:
@@ -355,6 +439,8 @@ def _summarise(
         num_particles=num_particles,
         seed=seed,
         proposal=str(origin.proposal),
+        precision=precision,
+        precision_shift=shift,
         log_likelihood=log_likelihood,
         log_likelihood_se=_standard_error(images.log_likelihood),
         log_likelihood_mc_error=float(images.mc_error.norm() / n),

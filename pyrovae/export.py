@@ -36,6 +36,7 @@ import pyrovae
 from pyrovae import diagnostics, importance
 from pyrovae.data import Split
 from pyrovae.errors import InputError
+from pyrovae.precision import networks_in
 from pyrovae.proposals import IMAGE_BLOCK, PARTICLE_BLOCK, Proposal
 from pyrovae.runs import atomic_path
 from pyrovae.streams import own_streams, seed_of
@@ -171,9 +172,10 @@ def _groups(
     _check_size(split, keep)
     x = split.tensor()
     device = next((p.device for p in vae.parameters()), x.device)
-    draws = _posterior(vae, x, evaluation, keep, device, proposal)
+    with networks_in(vae, evaluation.precision):
+        draws = _posterior(vae, x, evaluation, keep, device, proposal)
+        prior, prior_predicted = _prior(vae, x[:1].to(device), keep, evaluation.seed)
     _check_same(draws, evaluation, keep)
-    prior, prior_predicted = _prior(vae, x[:1].to(device), keep, evaluation.seed)
 
     if len(draws.predicted) != 1:
         raise InputError(
@@ -210,6 +212,7 @@ def _groups(
         "num_particles": evaluation.num_particles,
         "seed": evaluation.seed,
         "proposal": str(proposal),
+        "precision": evaluation.precision,
         "draws": f"{of} draws of z per image",
         "reading": _READING,
     }

@@ -54,6 +54,9 @@ class Programs(Protocol):
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """As of torch.nn.Module."""
 
+    def modules(self) -> Iterator[nn.Module]:
+        """As of torch.nn.Module."""
+
     def state_dict(self) -> dict[str, Any]:
         """As of torch.nn.Module."""
 

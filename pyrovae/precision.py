@@ -17,8 +17,9 @@ PRECISIONS = ("fp32", "tf32", "bf16")
 def networks_in(module: Any, precision: str) -> Iterator[None]:
     """Let the matrix products of a module's layers run in a lower precision.
 
-    "tf32" rounds the factors to 10 bits of mantissa on GPUs that can, "bf16" to 7; sums are in
-    float32, and so is whatever comes after a layer: activations, log-probabilities, the bound.
+    "tf32" rounds the factors to 10 bits of mantissa on GPUs that can, "bf16" factors and results to
+    7; sums are in float32, and so is whatever comes after a layer: activations, log-probabilities,
+    the bound.
 
     Raises:
         InputError: for another precision.

@@ -282,6 +282,12 @@ class EvaluateConfig:
         "auto: compiled where that is repaid",
         names="evaluator",
     )
+    precision: str = _setting(
+        "fp32",
+        "of the networks' matrix products; the lower ones score a model that rounds, and say by "
+        "how much it differs",
+        names="precision",
+    )
     information: int = _setting(
         500, "images, the first ones, whose rate is split into its parts; 0: none", least=0
     )
@@ -302,6 +308,7 @@ UNUSED = {
         "proposal",
         "proposal_scale",
         "engine",
+        "precision",
         "information",
         "seed",
     ),

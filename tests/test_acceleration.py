@@ -36,7 +36,7 @@ from pyrovae.loop import Loop
 from pyrovae.objectives import KLWeight
 from pyrovae.optimizers import WholeModelOptimizer
 from pyrovae.precision import networks_in
-from pyrovae.proposals import Proposal
+from pyrovae.proposals import Noise, Proposal
 from pyrovae.recording import Recording
 from pyrovae.runs import load_checkpoint, save_checkpoint
 from pyrovae.tracing import Draws, NotTraceableError, Traced
@@ -1156,6 +1156,54 @@ def test_a_compiled_evaluation_gives_the_same_numbers():
         assert getattr(a, name) == pytest.approx(getattr(b, name), rel=1e-5), name
 
 
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_compiled_terms_round_as_the_programs_do(compiled):
+    vae, data = tiny_vae(seed=1, hidden=(64,))
+    x = data.test.tensor()
+    of = CompiledTerms(vae.model, vae.guide, vae, x, 64, compile_it=compiled, precision="bf16")
+    exact, ours, theirs = (
+        evaluate(vae, data.test, 64, precision=precision, engine=engine).per_image.log_likelihood
+        for precision, engine in (("fp32", "eager"), ("bf16", of), ("bf16", "eager"))
+    )
+    moved = (theirs - exact).abs().max()
+    assert moved > 1e-3
+    assert (ours - theirs).abs().max() < 0.1 * moved
+
+
+def test_compiled_terms_of_another_precision_are_refused():
+    vae, data = tiny_vae()
+    x = data.test.tensor()
+    for made, asked in (("fp32", "bf16"), ("bf16", "fp32")):
+        kernel = CompiledTerms(vae.model, vae.guide, vae, x, 7, compile_it=False, precision=made)
+        with pytest.raises(InputError, match=f"made for precision '{asked}'; got one for '{made}'"):
+            evaluate(vae, data.test, 7, precision=asked, engine=kernel)
+
+
+def test_terms_in_tf32_are_computed_with_the_switch_on():
+    vae, data = tiny_vae()
+    x, seen = data.test.tensor(), []
+    kernel = CompiledTerms(vae.model, vae.guide, vae, x, 7, compile_it=False, precision="tf32")
+    run = kernel._run
+    kernel._run = lambda *args: seen.append(torch.get_float32_matmul_precision()) or run(*args)
+    kernel(x, Noise(0, range(len(x)), range(7)))
+    assert seen == ["high"]
+
+
+@needs_compiler
+def test_the_engine_of_an_evaluation_is_made_in_its_precision(monkeypatch):
+    vae, data = tiny_vae()
+    made = []
+    init = CompiledTerms.__init__
+
+    def spy(self, *args, **options):
+        made.append(options["precision"])
+        init(self, *args, **options)
+
+    monkeypatch.setattr(CompiledTerms, "__init__", spy)
+    evaluate(vae, data.test, 20, engine="compiled", precision="bf16")
+    assert made == ["bf16"]
+
+
 @needs_compiler
 def test_images_of_any_layout_are_served_by_the_compiled_terms():
     vae, data = tiny_vae()
@@ -1197,7 +1245,9 @@ def test_an_evaluation_compiles_where_that_is_repaid(monkeypatch):
     vae, data = tiny_vae()
     x = data.test.tensor()
     made = []
-    monkeypatch.setattr(compiled_terms, "CompiledTerms", lambda *args: made.append(args) or None)
+    monkeypatch.setattr(
+        compiled_terms, "CompiledTerms", lambda *args, **_: made.append(args) or None
+    )
     few, many = compiled_terms.REPAID_AFTER_CHUNKS - 1, compiled_terms.REPAID_AFTER_CHUNKS
     for engine, chunks_, expected in (("auto", few, 0), ("auto", many, 1), ("eager", many, 1)):
         compiled_terms.terms_kernel(engine, vae, x, 64, chunks_)

@@ -172,6 +172,11 @@ WORDS: dict[str, tuple[str, str]] = {
         "evaluate run --method quadrature --proposal wide",
         "--proposal has no use",
     ),
+    "precision of quadrature": (
+        "evaluate run --method quadrature --precision bf16",
+        "--precision has no use",
+    ),
+    "precision that is none": ("evaluate run --precision fp8", "--precision knows no 'fp8'"),
     "scale of the guide": ("evaluate run --proposal-scale 2", "leave --proposal-scale out"),
     "draws of no export": ("evaluate run --max-draws 5", "no use without --export"),
     "export of quadrature": (

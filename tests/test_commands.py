@@ -50,6 +50,16 @@ def test_proposals(proposal: str, here: Path) -> None:
     assert not (here / "run" / "evaluations").exists()
 
 
+def test_a_lower_precision_is_said_and_kept_out_of_comparisons(here: Path) -> None:
+    report = json.loads(ok(f"evaluate run {FEW} --precision bf16 --json"))
+    truth = pv.evaluate(cfg.load("run"), run_split(Run("run"), "test"), 30, precision="bf16")
+    assert without_time(report) == without_time(json.loads(json.dumps(truth.to_dict())))
+    assert report["precision"] == "bf16"
+    assert report["precision_shift"]["num_particles"] == 30
+    assert "bf16 in the networks' products" in ok(f"evaluate run {FEW} --precision bf16")
+    assert not (here / "run" / "evaluations").exists()
+
+
 def test_quadrature_and_importance_sampling_agree(here: Path) -> None:
     truth = json.loads(ok("evaluate run --method quadrature --json --quiet"))
     sampled = json.loads(ok("evaluate run --num-particles 2000 --json --quiet"))

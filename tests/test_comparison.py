@@ -284,6 +284,15 @@ def test_another_proposal_is_not_mixed_in(pair):
         assert len(list(run.path.glob("evaluations/*"))) == stored
 
 
+def test_rounded_products_are_not_mixed_in(pair):
+    run = pair[0]
+    split = run_split(run, "test")
+    for precision, stored in (("bf16", 0), ("fp32", 1)):
+        result = evaluate(cfg.load(run), split, 10, precision=precision)
+        comparison.keep(run, result, limit=None, parameters=1)
+        assert len(list(run.path.glob("evaluations/*"))) == stored
+
+
 def test_training_images_are_sampled_once(pair):
     x = run_split(pair[0], "train").tensor()
     assert torch.equal(x, run_split(pair[0], "train").tensor())

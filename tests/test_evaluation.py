@@ -21,6 +21,7 @@ from pyrovae.errors import InputError
 from pyrovae.estimates import bounds, curve_sizes, delta_error, smoothed_log_mean_exp
 from pyrovae.evaluation import active_units, bits_per_dim, evaluate
 from pyrovae.importance import log_mean_exp
+from pyrovae.precision import networks_in
 from pyrovae.proposals import Proposal
 
 
@@ -324,8 +325,82 @@ def test_summary_prints_the_protocol_and_is_plain_json():
     assert "per_image" not in summary
 
 
+def coarse_vae():
+    """A VAE whose decoder's weights all lose a fifth of a percent when they are rounded."""
+    vae, data = tiny_vae(seed=1)
+    with torch.no_grad():
+        for p in vae.decoder.parameters():
+            p.copy_((4 * p).bfloat16().float() * (1 + 0.98 * 2**-9))
+    return vae, data.test
+
+
+def test_with_rounded_products_it_is_log_p_of_the_model_that_rounds():
+    vae, split = coarse_vae()
+    split = split.head(4)
+    truth = quadrature.evaluate(vae, split)
+    with networks_in(vae, "bf16"):  # its integrand has steps, so it is not asked for more
+        rounded = quadrature.evaluate(vae, split, tolerance=1e-2)
+    moved = rounded.log_likelihood - truth.log_likelihood
+    ours = []
+    for seed in range(8):  # on the same noise, so that most of the error goes out
+        a, b = (evaluate(vae, split, 1500, seed=seed, precision=p) for p in ("fp32", "bf16"))
+        ours.append(b.log_likelihood - a.log_likelihood)
+    mean, se = torch.tensor(ours).mean(), torch.tensor(ours).std() / math.sqrt(len(ours))
+    bar = 5 * se + rounded.largest_error
+    assert abs(moved) > 2 * bar  # else float32 would pass too
+    assert abs(mean - moved) < bar
+
+
+def test_what_rounding_moves_is_measured_and_printed():
+    vae, split = coarse_vae()
+    exact, ours = (evaluate(vae, split, 70, precision=p) for p in ("fp32", "bf16"))
+    moved = ours.per_image.log_likelihood - exact.per_image.log_likelihood
+    shift = ours.precision_shift
+    assert (shift.num_images, shift.num_particles) == (8, 70)
+    assert shift.mean == pytest.approx(float(moved.mean()), abs=1e-9)
+    assert shift.se == pytest.approx(float(moved.std()) / math.sqrt(8))
+    assert shift.mean != 0
+    assert f"{shift.mean:+.4f} ± {shift.se:.4f} nats from float32 (first 8 images" in str(ours)
+    assert ours.to_dict()["precision_shift"]["mean"] == shift.mean
+    assert exact.precision_shift is None
+    assert "precision" not in str(exact)
+    one = evaluate(vae, split.head(1), 5, precision="bf16")
+    json.dumps(one.to_dict(), allow_nan=False)
+
+
+def test_rounding_is_measured_on_some_images_and_draws(monkeypatch):
+    monkeypatch.setattr(evaluation, "_COMPARED_IMAGES", 5)
+    monkeypatch.setattr(evaluation, "_COMPARED_PARTICLES", 33)
+    vae, split = coarse_vae()
+    exact, ours = (evaluate(vae, split.head(5), 33, precision=p) for p in ("fp32", "bf16"))
+    moved = ours.per_image.log_likelihood - exact.per_image.log_likelihood
+    shift = evaluate(vae, split, 70, precision="bf16").precision_shift
+    assert (shift.num_images, shift.num_particles) == (5, 33)
+    assert shift.mean == pytest.approx(float(moved.mean()), abs=1e-9)
+
+
+def test_a_lower_precision_leaves_nothing_behind():
+    vae, split = coarse_vae()
+    before = evaluate(vae, split, 20).log_likelihood
+    assert evaluate(vae, split, 20, precision="bf16").log_likelihood != before
+    assert evaluate(vae, split, 20).log_likelihood == before
+
+
+def test_an_evaluation_is_in_float32_whatever_is_around_it():
+    before = torch.get_float32_matmul_precision()
+    seen = []
+    vae, split = coarse_vae()
+    vae.decoder.register_forward_hook(lambda *_: seen.append(torch.get_float32_matmul_precision()))
+    with networks_in(None, "tf32"):
+        evaluate(vae, split, 5, information_images=0)
+    assert set(seen) == {"highest"}
+    assert torch.get_float32_matmul_precision() == before
+
+
 def test_refusals():
     vae, data = tiny_vae()
+    with pytest.raises(InputError, match="--precision expects one of fp32, tf32, bf16; got 'fp8'"):
+        evaluate(vae, data.test, 2, precision="fp8")
     with pytest.raises(InputError, match="at least 1"):
         evaluate(vae, data.test, 0)
     _, grey = tiny_vae(likelihood="gaussian")

@@ -21,6 +21,7 @@ from pyrovae import diagnostics, export
 from pyrovae.errors import InputError
 from pyrovae.evaluation import evaluate
 from pyrovae.export import to_datatree, to_inference_data
+from pyrovae.importance import log_mean_exp
 from pyrovae.proposals import Proposal
 
 OLD_LINE = int(version("arviz").split(".")[0]) < 1
@@ -345,6 +346,18 @@ def test_arviz_draws_what_is_in_memory(small):
             to_inference_data(vae, split, evaluation)
         container = to_datatree(vae, split, evaluation, max_draws=20)
     draw(container)
+
+
+def test_draws_have_the_precision_of_their_evaluation():
+    vae, data = tiny_vae()
+    result = evaluate(vae, data.test, 30, precision="bf16")
+    tree = result.to_datatree()
+    assert tree.attrs["precision"] == "bf16"
+    log_weights = torch.from_numpy(tree["sample_stats"]["log_weight"].values[0])
+    ours = log_mean_exp(log_weights)
+    torch.testing.assert_close(ours, result.per_image.log_likelihood, rtol=0, atol=1e-6)
+    exact = evaluate(vae, data.test, 30).per_image.log_likelihood
+    assert (ours - exact).abs().max() > 1e-5
 
 
 def test_an_evaluation_exports_itself():

@@ -51,12 +51,12 @@ def _evaluate(args: argparse.Namespace, config: EvaluateConfig, proposal: Propos
             proposal=proposal,
             information_images=config.information,
             engine=config.engine,
+            precision=config.precision,
             progress=told,
         )
     if not processes.is_first():
         return 0
-    if proposal.kind == "guide":
-        comparison.keep(run, result, limit=config.limit, parameters=count(vae))
+    comparison.keep(run, result, limit=config.limit, parameters=count(vae))
     show(result.to_dict() if args.json else str(result))
     if args.export is not None:
         written = export.export(

@@ -5,7 +5,7 @@ import logging
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -76,6 +76,18 @@ class Compiled:
         return made[0]
 
 
+# What Inductor is told, tried in turn.
+#
+# A graph with its gradient inside looks like inference to it, and it would lay images out with
+# channels innermost: on a CPU three lanes of a vector's sixteen.
+_FOR_CPU: Sequence[dict[str, Any]] = ({"layout_optimization": False},)
+# Kernels that do not wait for each other are launched as one, for a GPU takes longer to begin a
+# small one than to do it. In the code that torch 2.11 writes for a step of 784-200-200-50 at batch
+# 20 that leaves 49 launches of 65. Torch calls it experimental, so the second way is without; and
+# what was compiled is held against what was traced.
+_FOR_GPU: Sequence[dict[str, Any]] = ({"combo_kernels": True}, {})
+
+
 def compiled(graph: GraphModule, example: Sequence[Tensor]) -> Compiled:
     """A traced graph compiled by Inductor for inputs like the example.
 
@@ -85,36 +97,40 @@ def compiled(graph: GraphModule, example: Sequence[Tensor]) -> Compiled:
     Raises:
         NotTraceableError: if compilation fails.
     """
+    *first, last = _FOR_GPU if any(t.is_cuda for t in example) else _FOR_CPU
+    for options in first:
+        with suppress(Exception):
+            return _compiled(graph, example, options)
     try:
-        with torch.no_grad(), quiet_compiler():
-            from torch._inductor import compile_fx  # late: it changes the filters of warnings
-
-            options = {}
-            inner: Any = None
-
-            def kept(*args: Any, **kwargs: Any) -> Any:
-                nonlocal inner
-                inner = compile_fx.compile_fx_inner(*args, **kwargs)
-                return inner
-
-            # The operations are copied, the tensors that they hold are not: a program may write
-            # into one between two calls.
-            graph = rewriting.for_compiler(GraphModule(graph, copy.deepcopy(graph.graph)))
-            if not any(t.is_cuda for t in example):
-                graph = rewriting.for_cpu(graph)
-                # A graph with its gradient inside looks like inference to Inductor, which then
-                # lays images out with channels innermost: three lanes of a vector's sixteen.
-                options["layout_optimization"] = False
-            held = [*graph.parameters(), *graph.buffers()]
-            with _kept_on_disk(example) as given:
-                run: Any = compile_fx.compile_fx(
-                    graph, list(given), inner_compile=kept, config_patches=options
-                )
-            run(*(t.clone() for t in example))  # the first call completes the work
-            return Compiled(run, inner, held)
+        return _compiled(graph, example, last)
     except Exception as error:
         reason = " ".join(str(error).split())[:160]
         raise NotTraceableError(f"the compilation failed: {reason}") from error
+
+
+def _compiled(graph: GraphModule, example: Sequence[Tensor], options: dict[str, Any]) -> Compiled:
+    with torch.no_grad(), quiet_compiler():
+        from torch._inductor import compile_fx  # late: it changes the filters of warnings
+
+        inner: Any = None
+
+        def kept(*args: Any, **kwargs: Any) -> Any:
+            nonlocal inner
+            inner = compile_fx.compile_fx_inner(*args, **kwargs)
+            return inner
+
+        # The operations are copied, the tensors that they hold are not: a program may write into
+        # one between two calls.
+        graph = rewriting.for_compiler(GraphModule(graph, copy.deepcopy(graph.graph)))
+        if not any(t.is_cuda for t in example):
+            graph = rewriting.for_cpu(graph)
+        held = [*graph.parameters(), *graph.buffers()]
+        with _kept_on_disk(example) as given:
+            run: Any = compile_fx.compile_fx(
+                graph, list(given), inner_compile=kept, config_patches=options
+            )
+        run(*(t.clone() for t in example))  # the first call completes the work
+        return Compiled(run, inner, held)
 
 
 @contextmanager

@@ -489,6 +489,26 @@ def test_a_compiler_that_fails_is_refused_and_changes_nothing(monkeypatch, induc
     assert lines == ["svi: the compilation failed: no such header"]
 
 
+@needs_compiler
+def test_another_way_to_compile_is_tried_where_the_first_fails(monkeypatch, inductor):
+    asked = []
+    compile_fx = inductor.compile_fx
+
+    def spy(graph, example, config_patches=None, **options):
+        if config_patches is not None:
+            asked.append(config_patches)
+        if config_patches == {"combo_kernels": True}:
+            raise RuntimeError("not with these kernels")
+        return compile_fx(graph, example, config_patches=config_patches, **options)
+
+    monkeypatch.setattr(inductor, "compile_fx", spy)
+    monkeypatch.setattr(compiling, "_FOR_CPU", compiling._FOR_GPU)
+    x = torch.linspace(-1, 1, 6)
+    run = compiling.compiled(tracing.trace(lambda x: x.sin() + 1, x), [x])
+    torch.testing.assert_close(run(x), x.sin() + 1)
+    assert asked == [{"combo_kernels": True}, {}]
+
+
 def test_a_compiler_that_errs_is_refused(monkeypatch, inductor):
     monkeypatch.setattr(
         inductor, "compile_fx", lambda graph, *_, **__: lambda *args: graph(*args) * 1.01

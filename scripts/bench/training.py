@@ -3,12 +3,14 @@
 import functools
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 
 from bench import cases, floors
 from bench.measure import Contestant, Effort, MissingError, Table, race
 from bench.peers import numpyro_epoch, ours, pyro_stock, torch_losses, torch_step
+from pyrovae import compiling
 from pyrovae.data import Split
 from pyrovae.vae import VAE
 
@@ -41,6 +43,16 @@ def rounded(effort: Effort, start: VAE, split: Split, batch: int) -> Makers:
     """pyrovae's with products in bfloat16, which is other work than that of all others."""
     titles = {name: f"pyrovae, {name}, bf16" for name in ROUNDED}
     return _made(effort, titles, start, split, batch, "bf16")
+
+
+def uncombined(start: VAE, split: Split, batch: int) -> Makers:
+    """The captured step with each kernel launched for itself, to see what their combining gains."""
+
+    def make() -> Contestant:
+        with mock.patch.object(compiling, "_FOR_GPU", compiling._FOR_GPU[-1:]):
+            return ours.Engine("cuda-graph", start, split, batch)
+
+    return {"pyrovae, cuda-graph, kernels not combined": needs_a_gpu(make)}
 
 
 def _made(effort: Effort, titles: dict[str, str], *given: Any) -> Makers:
@@ -101,6 +113,7 @@ def dense(effort: Effort) -> list[Table]:
         makers[NUMPYRO] = lambda batch=batch: numpyro_epoch.Epoch(levels, batch, start)
         makers |= engines(effort, start, data.train, batch)
         makers |= rounded(effort, start, data.train, batch)
+        makers |= uncombined(start, data.train, batch)
         tables.append(
             race(
                 f"training step, 784-200-200-50, batch {batch}",

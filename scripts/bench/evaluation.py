@@ -16,18 +16,21 @@ from pyrovae.evaluation import evaluate
 
 PYTHAE, PYTHAE_NO_GRAD = "pythae, get_nll", "pythae, get_nll, under no_grad"
 LOOP, OURS = "torch loop, 64 x 100", "pyrovae, evaluate"
+ROUNDED = "pyrovae, evaluate, bf16"  # other work than the others'
 LAYERS, SQUARE = "products of the decoder's shapes", "products of large squares"
 SCALED = 10_000
 ROWS = torch_loop.IMAGES * torch_loop.PARTICLES
 
 
-def ours(vae: Any, split: Any, x: torch.Tensor, num_particles: int) -> Callable[[], float]:
+def ours(
+    vae: Any, split: Any, x: torch.Tensor, num_particles: int, precision: str = "fp32"
+) -> Callable[[], float]:
     """`evaluate` with its chunks compiled beforehand, as 10,000 images would have them."""
     plan = importance.plan(vae.model, vae.guide, x[:1], num_particles)
     kernel = compiled_terms.CompiledTerms(
-        vae.model, vae.guide, vae, x[: plan.images], plan.particles
+        vae.model, vae.guide, vae, x[: plan.images], plan.particles, precision=precision
     )
-    options: dict[str, Any] = {"information_images": 0, "engine": kernel}
+    options: dict[str, Any] = {"information_images": 0, "engine": kernel, "precision": precision}
     return lambda: evaluate(vae, split, num_particles, **options).log_likelihood
 
 
@@ -38,7 +41,7 @@ def importance_weighted(effort: Effort) -> list[Table]:
     few, K = effort.of(32, 4), effort.of(5000, 200)
     # A GPU takes seconds for all: measured on few, the start of an evaluation would be scaled too.
     most = SCALED if gpu and not effort.smoke else few
-    images = {PYTHAE: few, PYTHAE_NO_GRAD: few, LOOP: most, OURS: most}
+    images = {PYTHAE: few, PYTHAE_NO_GRAD: few, LOOP: most, OURS: most, ROUNDED: most}
     rounds = effort.of(5, 2)
     data = cases.digits(effort.of(20_064, 800) + most, test_size=most)
     vae = cases.mlp_vae(hidden=hidden, latent=latent).to(cases.device())
@@ -69,6 +72,7 @@ def importance_weighted(effort: Effort) -> list[Table]:
         PYTHAE_NO_GRAD: lambda: pythae(no_grad=True),
         LOOP: lambda: functools.partial(torch_loop.log_likelihood, net, xs[most], K),
         OURS: lambda: ours(vae, splits[most], xs[most], K),
+        ROUNDED: lambda: ours(vae, splits[most], xs[most], K, "bf16"),
     }
     built, missing = build(makers)
     shapes = [(ROWS, a, b) for a, b in ((latent, hidden), (hidden, hidden), (hidden, 784))]

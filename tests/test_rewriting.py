@@ -130,6 +130,11 @@ def rounded_product_wanted(*given):
     return torch.tanh(h).bfloat16() + h
 
 
+def rounded_product_wanted_as_it_is(x, weight, bias):
+    h = nn.functional.linear(*(t.bfloat16() for t in (x, weight, bias)))
+    return torch.tanh(h.float()).bfloat16() + h
+
+
 def rounded_otherwise(*given):
     return torch.tanh(rounded(*given)).half()
 
@@ -148,6 +153,7 @@ def wanted_as_it_is(x, weight, bias):
         (rounded_tanh_twice, ["tanh"]),
         (rounded_tanh_wanted_in_float32, ["none"]),
         (rounded_product_wanted, ["none"]),
+        (rounded_product_wanted_as_it_is, ["none"]),
         (rounded_otherwise, ["none"]),
         (wanted_as_it_is, ["none"]),
     ],
@@ -156,6 +162,7 @@ def test_layers_in_bfloat16_go_to_onednn(function, calls):
     given = example()
     graph, found = rewritten(function, given)
     assert found == calls
+    assert aten.addmm.default not in {node.target for node in graph.graph.nodes}
     ours, torchs = graph(*given), function(*given)
     assert ours.dtype == torchs.dtype
     assert (ours.double() - torchs.double()).abs().max() <= 2 * 2**-8 * torchs.abs().max().double()

@@ -83,8 +83,7 @@ class Compiled:
 _FOR_CPU: Sequence[dict[str, Any]] = ({"layout_optimization": False},)
 # Kernels that do not wait for each other are launched as one, for a GPU takes longer to begin a
 # small one than to do it: a fifth to a third of the launches are gone (tests/gpu_code.py counts
-# them). Torch calls it experimental, so the second way is without; and what was compiled is held
-# against what was traced.
+# them). Torch calls it experimental, so where it fails to compile the second way is without.
 _FOR_GPU: Sequence[dict[str, Any]] = ({"combo_kernels": True}, {})
 
 

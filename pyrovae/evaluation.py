@@ -2,7 +2,8 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from pyrovae.errors import InputError
 from pyrovae.estimates import PerImage, curve_sizes, delta_error, estimate
 from pyrovae.importance import GUIDE
 from pyrovae.information import Information, information
-from pyrovae.precision import networks_in
+from pyrovae.precision import check_rounds, networks_in
 from pyrovae.proposals import IMAGE_BLOCK, Proposal
 
 __all__ = [
@@ -83,10 +84,6 @@ class Evaluation(NamedTuple):
     seed: int
     proposal: str
     """What z was drawn from, in words."""
-    precision: str
-    """Of the networks' matrix products: "fp32", "tf32" or "bf16"."""
-    precision_shift: Shift | None
-    """What that moves log p(x) by, of the first images; None in float32."""
     log_likelihood: float
     log_likelihood_se: float
     log_likelihood_mc_error: float
@@ -118,6 +115,10 @@ class Evaluation(NamedTuple):
     ess_median: float
     trust: str
     """What share of the images can be trusted, and what would help the others."""
+    precision: str
+    """Of the networks' matrix products: "fp32", "tf32" or "bf16"."""
+    precision_shift: Shift | None
+    """What that moves log p(x) by, of the first images; None in float32."""
     device: str
     seconds: float
     per_image: PerImage
@@ -240,8 +241,8 @@ def evaluate(
 
     ``log p(x) ~ log (1/K) sum_k p(x, z_k) / q(z_k | x)``, z_k ~ q(z | x), q being the guide or
     the proposal made of it. On one kind of device the answer is a function of (weights, data, K,
-    seed, proposal): how images and particles are cut into chunks moves it by rounding alone. No
-    handler around the programs, such as a KL weight, can enter.
+    seed, proposal, precision): how images and particles are cut into chunks moves it by rounding
+    alone. No handler around the programs, such as a KL weight, can enter, nor an autocast.
 
     Args:
         vae: a `pyrovae.VAE`, or any other `importance.Programs`.
@@ -256,11 +257,15 @@ def evaluate(
         engine: "eager" runs the Pyro programs for every chunk, "compiled" what was traced of them
             once (`compiled_terms.CompiledTerms`, which may be given itself); "auto" compiles where
             that is repaid.
+        precision: "fp32", "tf32" or "bf16", of the networks' matrix products. With the lower ones
+            the answer is of another model, whose layers round: as normalised, and near the first;
+            ``precision_shift`` says how near, by the first 100 images and at most 1000 draws.
         progress: called with the number of images done.
 
     Raises:
         InputError: for K < 1, data outside the likelihood's support, a proposal that cannot be
-            made of the guide, or an unknown precision or engine, or one made for another precision.
+            made of the guide, an unknown precision or engine, an engine made for another precision,
+            or a precision that would change nothing here.
 
     Source: Burda et al., Importance Weighted Autoencoders (2016),
     https://arxiv.org/abs/1509.00519
@@ -269,19 +274,21 @@ def evaluate(
     importance.check_has_density(vae)
     if num_particles < 1:
         raise InputError(f"num_particles must be at least 1, got {num_particles}")
-    if getattr(engine, "precision", precision) != precision:
-        raise InputError(
-            f"expected an engine made for precision {precision!r}; got one for "
-            f"{getattr(engine, 'precision', None)!r}; make it anew"
-        )
     if device is not None:
         vae.to(device)
     model, guide, likelihood = vae.model, vae.guide, vae.likelihood
     here = next((p.device for p in vae.parameters()), torch.device("cpu"))
+    check_rounds(vae, precision, here)
+    made_for = precision if isinstance(engine, str) else getattr(engine, "precision", "fp32")
+    if made_for != precision:
+        raise InputError(
+            f"expected an engine made for precision {precision!r}; got one for {made_for!r}; make "
+            "it anew"
+        )
     x = split.tensor()
     likelihood.check(x)
 
-    with networks_in(vae, precision):
+    with _computing(vae, precision, here):
         chosen = importance.plan(model, guide, x[:1].to(here), num_particles, memory, proposal)
         chosen = min(processes.gather(chosen))  # one cut for all: free memory may differ
         whole = (len(x) // chosen.images) * (num_particles // chosen.particles)
@@ -293,12 +300,13 @@ def evaluate(
             if isinstance(engine, str)
             else engine
         )
-
-        def scored(start: int) -> PerImage:
-            return estimate(
+        batches: dict[int, PerImage] = {}
+        for start in processes.share(list(range(0, len(x), chosen.images))):
+            part = x[start : start + chosen.images].to(here)
+            batches[start] = estimate(
                 model,
                 guide,
-                x[start : start + chosen.images].to(here),
+                part,
                 num_particles,
                 chunk=chosen.particles,
                 seed=seed,
@@ -306,10 +314,6 @@ def evaluate(
                 proposal=proposal,
                 kernel=kernel,
             )
-
-        batches: dict[int, PerImage] = {}
-        for start in processes.share(list(range(0, len(x), chosen.images))):
-            batches[start] = scored(start)
             if progress is not None:
                 progress(min(start + chosen.images, len(x)))
         # Noise belongs to an image and a particle, so it is all one who computes which batch.
@@ -317,6 +321,9 @@ def evaluate(
             batches |= others
         first = x[:information_images].to(here)
         parts = information(model, guide, first, seed=seed) if len(first) else None
+    shift = None
+    if precision != "fp32":
+        shift = _shift(vae, x, num_particles, chosen, seed, proposal, precision)
     in_order = [batches[start] for start in sorted(batches)]
     return _summarise(
         PerImage(*(torch.cat(column) for column in zip(*in_order, strict=True))),
@@ -327,47 +334,55 @@ def evaluate(
         num_particles=num_particles,
         seed=seed,
         precision=precision,
-        shift=_shift(vae, x, num_particles, chosen.particles, seed, proposal, precision),
+        shift=shift,
         device=str(here),
         seconds=time.perf_counter() - started,
     )
+
+
+@contextmanager
+def _computing(vae: importance.Programs, precision: str, device: torch.device) -> Iterator[None]:
+    """In this precision, whatever a caller has asked torch for."""
+    with torch.autocast(device.type, enabled=False), networks_in(vae, precision):
+        yield
 
 
 def _shift(
     vae: importance.Programs,
     x: Tensor,
     num_particles: int,
-    chunk: int,
+    chosen: importance.Plan,
     seed: int,
     proposal: Proposal,
     precision: str,
-) -> Shift | None:
+) -> Shift:
     """How far log p(x) of the first images lies from that in float32, on the same noise."""
-    if precision == "fp32":
-        return None
     here = next((p.device for p in vae.parameters()), x.device)
     x = x[:_COMPARED_IMAGES]
     few = min(num_particles, _COMPARED_PARTICLES)
+    step = min(IMAGE_BLOCK, chosen.images)
 
-    def scored(of: str) -> Tensor:
-        with networks_in(vae, of):
-            blocks = [
-                estimate(
-                    vae.model,
-                    vae.guide,
-                    x[start : start + IMAGE_BLOCK].to(here),
-                    few,
-                    chunk=chunk,
-                    seed=seed,
-                    first_image=start,
-                    proposal=proposal,
-                ).log_likelihood
-                for start in range(0, len(x), IMAGE_BLOCK)
-            ]
-        return torch.cat(blocks)
+    def scored(start: int, of: str) -> Tensor:
+        with _computing(vae, of, here):
+            return estimate(
+                vae.model,
+                vae.guide,
+                x[start : start + step].to(here),
+                few,
+                chunk=chosen.particles,
+                seed=seed,
+                first_image=start,
+                proposal=proposal,
+            ).log_likelihood
 
-    moved = scored(precision) - scored("fp32")
-    return Shift(len(x), few, float(moved.mean()), _standard_error(moved))
+    parts = {
+        start: scored(start, precision) - scored(start, "fp32")
+        for start in processes.share(list(range(0, len(x), step)))
+    }
+    for others in processes.gather(parts):
+        parts |= others
+    moved = torch.cat([parts[start] for start in sorted(parts)])
+    return Shift(len(moved), few, float(moved.mean()), _standard_error(moved))
 
 
 def active_units(
@@ -439,8 +454,6 @@ def _summarise(
         num_particles=num_particles,
         seed=seed,
         proposal=str(origin.proposal),
-        precision=precision,
-        precision_shift=shift,
         log_likelihood=log_likelihood,
         log_likelihood_se=_standard_error(images.log_likelihood),
         log_likelihood_mc_error=float(images.mc_error.norm() / n),
@@ -463,6 +476,8 @@ def _summarise(
         pareto_k_above_0_7=float((known > TRUSTED_K).double().mean()) if len(known) else None,
         ess_median=float(images.ess.median()),
         trust=_trust(images.pareto_k, num_particles),
+        precision=precision,
+        precision_shift=shift,
         device=device,
         seconds=round(seconds, 3),
         per_image=images,

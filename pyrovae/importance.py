@@ -54,9 +54,6 @@ class Programs(Protocol):
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """As of torch.nn.Module."""
 
-    def modules(self) -> Iterator[nn.Module]:
-        """As of torch.nn.Module."""
-
     def state_dict(self) -> dict[str, Any]:
         """As of torch.nn.Module."""
 
@@ -86,7 +83,11 @@ class LogTerms(NamedTuple):
 
 
 class Kernel(Protocol):
-    """Computes the terms of whole chunks, as `compiled_terms.CompiledTerms` does."""
+    """Computes the terms of whole chunks, as `compiled_terms.CompiledTerms` does.
+
+    One that rounds its products says so by ``precision``, "tf32" or "bf16"; what it does not serve
+    is in whatever precision stands around.
+    """
 
     def serves(self, x: Tensor, noise: Noise) -> bool:
         """Whether a chunk has the shape and the proposal that this kernel is made for."""

@@ -1,6 +1,6 @@
 """A traced graph in other words: the same numbers, but for rounding, by faster operations.
 
-On a CPU, in float32 (the first also in bfloat16), three things are said anew:
+On a CPU, in float32, three things are said anew:
 
 - Dense layers of many rows go to oneDNN, which adds the bias and takes tanh while the product is at
   hand. Inductor does that only where the weights are constants; ours change from step to step, so
@@ -104,65 +104,37 @@ def _product(node: Node) -> None:
 
 
 def _is_long(node: Node) -> bool:
-    """Whether it is x W^T + b of many rows, in float32 or bfloat16, each tensor row by row."""
+    """Whether it is x W^T + b in float32, of many rows, each tensor laid out row by row."""
     bias, x, transposed = node.args
     if not (isinstance(transposed, Node) and transposed.target is _aten.t.default):
         return False
     given = [_value(each) for each in (bias, x, transposed.args[0])]
-    dtype = getattr(given[1], "dtype", torch.float32)
-    if not all(_is_float(v, dtype) and v.is_contiguous() for v in given):
+    if not all(_is_float(v) and v.is_contiguous() for v in given):
         return False
     fits = given[0].shape == given[2].shape[:1] and len(given[1]) >= _MANY
-    return fits and _has_onednn(dtype)
+    return fits and _has_onednn()
 
 
-def _has_onednn(dtype: torch.dtype = torch.float32) -> bool:
+def _has_onednn() -> bool:
     onednn = torch.backends.mkldnn
     wanted = onednn.is_available() and bool(onednn.enabled)
-    if not wanted or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        return False
-    return dtype == torch.float32 or (
-        dtype == torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    )
+    return wanted and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def _put_linear(node: Node) -> None:
     bias, x, transposed = node.args
     assert isinstance(transposed, Node)
-    through = _through_tanh(node)
+    users = list(node.users)
+    tanh = len(users) == 1 and users[0].target is _aten.tanh.default
+    last = users[0] if tanh else node
     with node.graph.inserting_before(node):
         linear = node.graph.call_function(
             torch.ops.pyrovae.linear.default,
-            (x, transposed.args[0], bias, "tanh" if through else "none"),
+            (x, transposed.args[0], bias, "tanh" if tanh else "none"),
         )
-    for last in through or [node]:
-        _replace(last, linear)
-    node.graph.eliminate_dead_code()
-
-
-def _through_tanh(node: Node) -> list[Node]:
-    """What holds tanh of a product, in its precision, where nothing else takes product or tanh.
-
-    A product in bfloat16 is brought to float32 for tanh, and tanh back to bfloat16.
-    """
-    dtype = _value(node).dtype
-    rounded = dtype != torch.float32
-    inner = _only_copy(node, torch.float32) if rounded else node
-    users = [] if inner is None else list(inner.users)
-    if len(users) != 1 or users[0].target is not _aten.tanh.default:
-        return []
-    last = list(users[0].users) if rounded else users
-    return last if all(not rounded or _is_copy(each, dtype) for each in last) else []
-
-
-def _only_copy(node: Node, dtype: torch.dtype) -> Node | None:
-    users = list(node.users)
-    return users[0] if len(users) == 1 and _is_copy(users[0], dtype) else None
-
-
-def _is_copy(node: Node, dtype: torch.dtype) -> bool:
-    """Whether it is a tensor in another precision, and otherwise the same."""
-    return node.target is _aten._to_copy.default and dict(node.kwargs) == {"dtype": dtype}
+    _replace(last, linear)
+    if tanh:
+        node.graph.erase_node(node)
 
 
 def _in_halves(left: Any, right: Any) -> bool:
@@ -258,11 +230,11 @@ def _operations(before: Node, function: Callable[..., Any], *given: Any) -> Any:
         return function(*(Proxy(g, tracer) if isinstance(g, Node) else g for g in given))
 
 
-def _is_float(value: Any, dtype: torch.dtype = torch.float32) -> bool:
-    """Whether it is a tensor of float32, or another precision, on a CPU, its sizes known."""
+def _is_float(value: Any) -> bool:
+    """Whether it is a tensor of float32 on a CPU, its sizes known."""
     if not isinstance(value, Tensor) or not all(type(size) is int for size in value.shape):
         return False
-    return value.device.type == "cpu" and value.dtype == dtype
+    return value.device.type == "cpu" and value.dtype == torch.float32
 
 
 def _value(given: Any) -> Any:

@@ -284,8 +284,8 @@ class EvaluateConfig:
     )
     precision: str = _setting(
         "fp32",
-        "of the networks' matrix products; the lower ones score a model that rounds, and say by "
-        "how much it differs",
+        "of the networks' matrix products; the lower ones score a model that rounds, say by how "
+        "much it differs, and are not kept for compare",
         names="precision",
     )
     information: int = _setting(

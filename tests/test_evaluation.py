@@ -10,7 +10,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from exact import kl_to_posterior, linear_gaussian, marginal
-from tiny import tiny_vae
+from tiny import tiny_config, tiny_data, tiny_hierarchy, tiny_vae
 
 import pyrovae as pv
 from pyrovae import config as cfg
@@ -386,7 +386,20 @@ def test_a_lower_precision_leaves_nothing_behind():
     assert evaluate(vae, split, 20).log_likelihood == before
 
 
-def test_an_evaluation_is_in_float32_whatever_is_around_it():
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_an_evaluation_has_its_precision_whatever_is_around_it(precision):
+    vae, split = coarse_vae()
+    expected = evaluate(vae, split, 20, precision=precision)
+    with networks_in(vae, "bf16"):
+        within = evaluate(vae, split, 20, precision=precision)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = evaluate(vae, split, 20, precision=precision)
+    for other in (within, cast):
+        assert other.log_likelihood == expected.log_likelihood
+        assert other.precision_shift == expected.precision_shift
+
+
+def test_an_evaluation_in_float32_turns_the_switch_for_tf32_off():
     before = torch.get_float32_matmul_precision()
     seen = []
     vae, split = coarse_vae()
@@ -395,6 +408,56 @@ def test_an_evaluation_is_in_float32_whatever_is_around_it():
         evaluate(vae, split, 5, information_images=0)
     assert set(seen) == {"highest"}
     assert torch.get_float32_matmul_precision() == before
+
+
+def test_rounding_is_measured_on_the_same_noise_as_the_evaluation():
+    """Of images in several blocks, and of what the evaluation draws from."""
+    vae, _ = coarse_vae()
+    images = split_of(tiny_data(tiny_config(), n=60).train.head(40).tensor())
+    for proposal in (Proposal(), Proposal("wide", 1.5)):
+        exact, ours = (
+            evaluate(vae, images, 20, precision=p, proposal=proposal) for p in ("fp32", "bf16")
+        )
+        moved = ours.per_image.log_likelihood - exact.per_image.log_likelihood
+        assert ours.precision_shift.num_images == 40
+        assert ours.precision_shift.mean == pytest.approx(float(moved.mean()), abs=1e-9)
+
+
+def test_the_parts_of_the_rate_have_the_precision_of_the_rest():
+    vae, split = coarse_vae()
+    exact, ours = (evaluate(vae, split, 5, precision=p).information for p in ("fp32", "bf16"))
+    assert ours.mutual_information != exact.mutual_information
+
+
+@pytest.mark.parametrize("kind", ["hierarchical", "flow"])
+def test_other_models_round_too(kind):
+    config = tiny_hierarchy() if kind == "hierarchical" else tiny_config(posterior=kind)
+    data = tiny_data(config)
+    vae = cfg.build(config, data)
+    ours = evaluate(vae, data.test, 50, precision="bf16")
+    assert 0 < abs(ours.precision_shift.mean) < 0.05
+
+
+def test_a_precision_that_would_change_nothing_is_refused():
+    vae, data = tiny_vae()
+    with pytest.raises(InputError, match=r"--precision tf32 needs a CUDA .* is cpu"):
+        evaluate(vae, data.test, 2, precision="tf32")
+    without_layers = linear_gaussian()
+    assert not any(isinstance(m, torch.nn.Linear) for m in without_layers.modules())
+    x = marginal(without_layers).sample((5,))
+    with pytest.raises(InputError, match=r"bf16 rounds nn.Linear, .*; got programs"):
+        evaluate(without_layers, split_of(x), 2, precision="bf16")
+
+
+def test_an_engine_that_does_not_say_so_does_not_round():
+    class Bare:
+        def serves(self, x, noise):
+            return False
+
+    vae, data = tiny_vae()
+    evaluate(vae, data.test, 2, engine=Bare())
+    with pytest.raises(InputError, match="made for precision 'bf16'; got one for 'fp32'"):
+        evaluate(vae, data.test, 2, precision="bf16", engine=Bare())
 
 
 def test_refusals():

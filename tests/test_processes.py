@@ -161,14 +161,17 @@ def test_two_processes_learn_as_one_does(trained):
     assert one[-1]["valid_elbo"] > one[0]["valid_elbo"] + 1
 
 
-def test_shards_of_an_evaluation_give_the_numbers_of_one_process(trained):
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
+def test_shards_of_an_evaluation_give_the_numbers_of_one_process(trained, precision):
     folder, _ = trained
     arguments = ["evaluate", folder / "two", "--num-particles", 50, "--json", "--device", "cpu"]
+    arguments += ["--precision", precision]
     status, out, err = finish(launch(arguments))
     assert status == 0, err
     sharded = json.loads(out)  # printed once
     test = cfg.data_of(Run(folder / "two")).test
-    single = evaluate(cfg.load(folder / "two"), test, 50).to_dict()
+    single = evaluate(cfg.load(folder / "two"), test, 50, precision=precision).to_dict()
+    assert sharded["precision_shift"] == pytest.approx(single["precision_shift"])
     for name in ("log_likelihood", "elbo", "rate", "distortion", "psis_log_likelihood"):
         assert sharded[name] == pytest.approx(single[name], abs=1e-4), name
 

@@ -15,9 +15,6 @@ ROWS = 600
 LINEAR = torch.ops.pyrovae.linear.default
 
 needs_onednn = pytest.mark.skipif(not rewriting._has_onednn(), reason="a torch without oneDNN")
-needs_bf16 = pytest.mark.skipif(
-    not rewriting._has_onednn(torch.bfloat16), reason="no products in bfloat16 here"
-)
 needs_mkl = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="a torch without MKL")
 needs_compiler = pytest.mark.skipif(not compiling.has_compiler(), reason="no C++ compiler")
 
@@ -90,7 +87,9 @@ def test_other_products_are_left_alone(function):
     assert rewritten(function, example())[1] == []
 
 
-@pytest.mark.parametrize("given", [example(rows=20), example(torch.float64), example(torch.half)])
+@pytest.mark.parametrize(
+    "given", [example(rows=20), example(torch.float64), example(torch.bfloat16)]
+)
 def test_few_rows_and_other_precisions_are_left_alone(given):
     assert rewritten(dense, given)[1] == []
 
@@ -104,82 +103,6 @@ def test_a_single_bias_for_all_is_left_alone():
 def test_without_onednn_nothing_changes(monkeypatch, name, value):
     monkeypatch.setattr(torch.backends.mkldnn, name, value)
     assert rewritten(with_tanh, example())[1] == []
-
-
-def rounded(x, weight, bias):
-    """A layer with its factors and its result in bfloat16, as `precision.networks_in` makes it."""
-    return nn.functional.linear(*(t.bfloat16() for t in (x, weight, bias))).float()
-
-
-def rounded_tanh(*given):
-    return torch.tanh(rounded(*given)).bfloat16()
-
-
-def rounded_tanh_twice(*given):
-    h = torch.tanh(rounded(*given))
-    return h.bfloat16() + h.bfloat16()
-
-
-def rounded_tanh_wanted_in_float32(*given):
-    h = torch.tanh(rounded(*given))
-    return h.bfloat16() + h
-
-
-def rounded_product_wanted(*given):
-    h = rounded(*given)
-    return torch.tanh(h).bfloat16() + h
-
-
-def rounded_product_wanted_as_it_is(x, weight, bias):
-    h = nn.functional.linear(*(t.bfloat16() for t in (x, weight, bias)))
-    return torch.tanh(h.float()).bfloat16() + h
-
-
-def rounded_otherwise(*given):
-    return torch.tanh(rounded(*given)).half()
-
-
-def wanted_as_it_is(x, weight, bias):
-    """A product in bfloat16 that nobody brings to float32."""
-    return torch.tanh(nn.functional.linear(*(t.bfloat16() for t in (x, weight, bias))))
-
-
-@needs_bf16
-@pytest.mark.parametrize(
-    ("function", "calls"),
-    [
-        (rounded, ["none"]),
-        (rounded_tanh, ["tanh"]),
-        (rounded_tanh_twice, ["tanh"]),
-        (rounded_tanh_wanted_in_float32, ["none"]),
-        (rounded_product_wanted, ["none"]),
-        (rounded_product_wanted_as_it_is, ["none"]),
-        (rounded_otherwise, ["none"]),
-        (wanted_as_it_is, ["none"]),
-    ],
-)
-def test_layers_in_bfloat16_go_to_onednn(function, calls):
-    given = example()
-    graph, found = rewritten(function, given)
-    assert found == calls
-    assert aten.addmm.default not in {node.target for node in graph.graph.nodes}
-    ours, torchs = graph(*given), function(*given)
-    assert ours.dtype == torchs.dtype
-    assert (ours.double() - torchs.double()).abs().max() <= 2 * 2**-8 * torchs.abs().max().double()
-
-
-@needs_bf16
-def test_a_layer_in_bfloat16_with_tanh_is_rounded_twice_at_most():
-    """The product and its tanh, each by half a unit of the eighth digit."""
-    given = example()
-    exact = nn.functional.linear(*(t.bfloat16().double() for t in given)).tanh()
-    ours = rewritten(rounded_tanh, given)[0](*given).double()
-    assert ((ours - exact).abs() <= 2 * 2**-9 * 1.01 * exact.abs() + 1e-6).all()
-
-
-def test_without_bfloat16_in_the_processor_nothing_changes(monkeypatch):
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
-    assert rewritten(rounded_tanh, example())[1] == []
 
 
 @needs_onednn

@@ -22,6 +22,7 @@ from pyrovae.errors import InputError
 from pyrovae.evaluation import evaluate
 from pyrovae.export import to_datatree, to_inference_data
 from pyrovae.importance import log_mean_exp
+from pyrovae.precision import networks_in
 from pyrovae.proposals import Proposal
 
 OLD_LINE = int(version("arviz").split(".")[0]) < 1
@@ -358,6 +359,20 @@ def test_draws_have_the_precision_of_their_evaluation():
     torch.testing.assert_close(ours, result.per_image.log_likelihood, rtol=0, atol=1e-6)
     exact = evaluate(vae, data.test, 30).per_image.log_likelihood
     assert (ours - exact).abs().max() > 1e-5
+
+
+def test_what_the_prior_predicts_has_the_precision_of_the_evaluation():
+    vae, data = tiny_vae(likelihood="gaussian", likelihood_args={"scale": 0.1})
+    x, loc = {}, {}
+    for precision in ("fp32", "bf16"):
+        tree = evaluate(vae, data.test, 30, precision=precision).to_datatree()
+        z = torch.from_numpy(tree["prior"]["z"].values[0])
+        x[precision] = torch.from_numpy(tree["prior_predictive"]["x"].values[0])
+        with torch.no_grad(), networks_in(vae, precision):
+            loc[precision] = vae.likelihood(vae.decoder(z)).mean
+    moved = loc["bf16"] - loc["fp32"]  # of the same z, and with the same errors around them
+    assert moved.abs().max() > 1e-4
+    torch.testing.assert_close(x["bf16"] - x["fp32"], moved, rtol=0, atol=1e-5)
 
 
 def test_an_evaluation_exports_itself():

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyrovae import engines, tracing
+from pyrovae import engines, hoisting, tracing
 from pyrovae.compiling import compiled, has_compiler
 from pyrovae.errors import InputError
 from pyrovae.importance import (
@@ -32,11 +32,12 @@ class CompiledTerms:
     """The terms of the log-weights for chunks of one shape, traced and compiled once.
 
     An `importance.Kernel`. One chunk is computed both ways first, and a difference is an error.
+    What no draw enters, such as x encoded, is computed once for a batch (`hoisting.py`).
 
     Args:
         model: Pyro program with the observed sites.
         guide: Pyro program with the latent sites, all made of normals.
-        module: the module whose weights they use; they are read anew for every chunk.
+        module: the module whose weights they use; they are read anew for every batch.
         x: the first batch, (B, *x_shape).
         num_particles: K of a chunk.
         compile_it: False replays the traced operations one by one.
@@ -64,24 +65,35 @@ class CompiledTerms:
         self._weights = traced.weights
         with networks_in(module, precision):
             graph, self._events = traced.graph(x)
-        self._run: Callable[..., Sequence[Tensor]] = graph
+        self._once, each = hoisting.in_two(graph, len(self._weights) + 1)
+        self._each: Callable[..., Sequence[Tensor]] = each
         noise = Noise(0, range(len(x)), range(num_particles))
-        if compile_it:
-            self._run = compiled(graph, [*self._weights, x, *self._drawn(x, noise)])
         with torch.no_grad(), networks_in(module, precision):
+            if compile_it:
+                fixed = [*self._weights, x]
+                example = [*fixed, *self._once(*fixed), *self._drawn(x, noise)]
+                self._each = compiled(each, example)
             (truth,) = chunks(model, guide, x, num_particles, chunk=num_particles, seed=0)
-            _compare_terms(self(x, noise), truth, rounded=precision != "fp32")
+            _compare_terms(self.of(x)(noise), truth, rounded=precision != "fp32")
 
     def serves(self, x: Tensor, noise: Noise) -> bool:
         """Whether a chunk has this shape, and draws from the guide."""
         return noise.proposal == GUIDE and (len(noise.particles), *x.shape) == self.shape
 
-    def __call__(self, x: Tensor, noise: Noise) -> LogTerms:
-        """The terms of a chunk."""
-        with networks_in(None, self.precision):
-            terms = self._run(*self._weights, x.contiguous(), *self._drawn(x, noise))
-        likelihood, prior, posterior, *z = terms
-        return LogTerms(likelihood, prior, posterior, dict(zip(self._events, z, strict=True)))
+    def of(self, x: Tensor) -> Callable[[Noise], LogTerms]:
+        """The terms of this batch's chunks."""
+        x = x.contiguous()
+        with torch.no_grad(), networks_in(None, self.precision):
+            fixed = [*self._weights, x]
+            fixed += self._once(*fixed)
+
+        def terms(noise: Noise) -> LogTerms:
+            with torch.no_grad(), networks_in(None, self.precision):
+                results = self._each(*fixed, *self._drawn(x, noise))
+            likelihood, prior, posterior, *z = results
+            return LogTerms(likelihood, prior, posterior, dict(zip(self._events, z, strict=True)))
+
+        return terms
 
     def _drawn(self, x: Tensor, noise: Noise) -> list[Tensor]:
         return [noise.draw(site, event, x) for site, event in self._events.items()]

@@ -92,8 +92,8 @@ class Kernel(Protocol):
     def serves(self, x: Tensor, noise: Noise) -> bool:
         """Whether a chunk has the shape and the proposal that this kernel is made for."""
 
-    def __call__(self, x: Tensor, noise: Noise) -> LogTerms:
-        """The terms of the chunk."""
+    def of(self, x: Tensor) -> Callable[[Noise], LogTerms]:
+        """The terms of a batch's chunks, with the weights of now."""
 
 
 def log_weights(model: Program, guide: Program, x: Tensor, num_particles: int) -> Tensor:
@@ -173,11 +173,13 @@ def chunks(
     images = range(first_image, first_image + len(x))
     with torch.no_grad(), isolated_params():
         draw = _sampler(guide, x)
+        fast: Callable[[Noise], LogTerms] | None = None
         for start in range(0, num_particles, chunk):
             particles = range(start, min(start + chunk, num_particles))
             noise = Noise(seed, images, particles, proposal)
             if kernel is not None and kernel.serves(x, noise):
-                yield kernel(x, noise)
+                fast = kernel.of(x) if fast is None else fast
+                yield fast(noise)
                 continue
             with _validated_once(start):
                 trace = draw(noise)

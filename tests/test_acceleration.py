@@ -1248,10 +1248,13 @@ def test_terms_in_tf32_are_computed_with_the_switch_on():
     vae, data = tiny_vae()
     x, seen = data.test.tensor(), []
     kernel = CompiledTerms(vae.model, vae.guide, vae, x, 7, compile_it=False, precision="tf32")
-    run = kernel._run
-    kernel._run = lambda *args: seen.append(torch.get_float32_matmul_precision()) or run(*args)
-    kernel(x, Noise(0, range(len(x)), range(7)))
-    assert seen == ["high"]
+
+    def watched(run):
+        return lambda *args: seen.append(torch.get_float32_matmul_precision()) or run(*args)
+
+    kernel._once, kernel._each = watched(kernel._once), watched(kernel._each)
+    kernel.of(x)(Noise(0, range(len(x)), range(7)))
+    assert seen == ["high", "high"]
 
 
 @needs_compiler

@@ -1,0 +1,188 @@
+"""What is computed once for many calls, against the whole graph."""
+
+import pytest
+import torch
+from tiny import tiny_config, tiny_data, tiny_hierarchy, tiny_vae
+from torch.fx import GraphModule
+
+from pyrovae import config as cfg
+from pyrovae import hoisting, tracing
+from pyrovae.compiled_terms import CompiledTerms
+from pyrovae.importance import chunks
+
+aten = torch.ops.aten
+
+
+def targets(graph: GraphModule) -> list:
+    return [node.target for node in graph.graph.nodes if node.op == "call_function"]
+
+
+def handed(parts: hoisting.Parts) -> list[tuple[int, ...]]:
+    (result,) = list(parts.once.graph.nodes)[-1].args
+    return [tuple(node.meta["val"].shape) for node in result]
+
+
+def divided(function, fixed, *example):
+    """A traced function in two, seen to return what the whole does for other inputs too."""
+    graph = tracing.trace(function, *example)
+    before = graph.code
+    parts = hoisting.in_two(graph, fixed)
+    assert graph.code == before
+    for scale in (1.0, 0.3, -2.0):
+        given, others = [t * scale for t in example[:fixed]], example[fixed:]
+        known = parts.once(*given)
+        for shift in (0.0, 1.0):
+            moved = [t + shift for t in others]
+            ours, theirs = parts.each(*given, *known, *moved), function(*given, *moved)
+            for a, b in zip(ours, theirs, strict=True):
+                assert torch.equal(a, b)
+    return parts
+
+
+W, X, NOISE = torch.randn(5, 4), torch.randn(3, 5), torch.randn(7, 3, 2)
+
+
+def test_products_of_what_is_fixed_are_taken_out():
+    def function(w, x, noise):
+        loc, raw = (x @ w).tanh().split(2, -1)
+        scale = raw.exp().expand(7, 3, 2)
+        return (loc + scale * noise, scale.log().sum(-1))
+
+    parts = divided(function, 2, W, X, NOISE)
+    assert handed(parts) == [(3, 4), (3, 2)]  # tanh(x W), and exp of its second half
+    assert aten.mm.default in targets(parts.once)
+    assert aten.mm.default not in targets(parts.each)
+    # There once for each draw: it would take longer to read than to compute.
+    assert aten.log.default in targets(parts.each)
+    assert aten.split.Tensor in targets(parts.each)
+
+
+def test_a_tensor_for_each_draw_does_not_count_as_what_it_is_made_of():
+    def function(x, noise):
+        wide = x.expand(7, 3, 5)
+        return (wide.exp().sin().sum(-1) + noise.sum(-1),)
+
+    assert handed(divided(function, 1, X, NOISE)) == []
+
+
+def test_what_is_made_of_nothing_is_left():
+    def function(x, noise):
+        zero = x.new_zeros(())
+        return (noise + zero + torch.ones(2).exp(), noise * torch.tensor(3.0))
+
+    assert handed(divided(function, 1, X, NOISE)) == []
+
+
+def test_one_of_several_results_is_taken_out():
+    def function(x, noise):
+        largest, _ = x.max(-1)
+        return (noise * largest[:, None],)
+
+    assert handed(divided(function, 1, X, NOISE)) == [(3,)]
+
+
+def test_results_that_no_draw_enters_are_returned():
+    def function(x, noise):
+        return (x, x.exp(), noise.sum())
+
+    assert handed(divided(function, 1, X, NOISE)) == [(3, 5)]
+
+
+def test_nothing_is_fixed():
+    parts = divided(lambda x, noise: (x.exp() + noise.sum(),), 0, X, NOISE)
+    assert handed(parts) == []
+
+
+def test_what_is_written_in_place_is_left_and_all_that_is_read_of_it():
+    def function(w, x, noise):
+        product = x @ w
+        before = product.exp()
+        product.mul_(2.0)
+        after = product.exp()
+        return (before.sum() + noise, after.sum() + noise, x.sin().sum() + noise)
+
+    parts = divided(function, 2, W, X, NOISE)
+    assert handed(parts) == [()]  # the sum of sin x, which nobody writes into
+    assert targets(parts.each).count(aten.exp.default) == 2
+
+
+def test_what_is_written_through_a_view_is_left_too():
+    """As a triangle of a covariance is filled."""
+
+    def function(w, x, noise):
+        product = x @ w
+        filled = product.new_zeros(4, 4)
+        diagonal = filled.diagonal()
+        before = filled.sum()
+        diagonal.copy_(product[0])
+        return (filled.sum(-1) + noise[0, 0, 0], before + noise)
+
+    parts = divided(function, 2, W, X, NOISE)
+    assert handed(parts) == [(3, 4)]
+    assert aten.copy_.default in targets(parts.each)
+
+
+def test_what_is_written_in_place_with_others_is_left_too():
+    def function(x, noise):
+        a, b = x.exp(), x.sin()
+        before = a.cos()
+        torch._foreach_add_([a, b], 1.0)
+        return (a.cos() + b.cos() + before + noise.sum(),)
+
+    assert handed(divided(function, 1, X, NOISE)) == []
+
+
+def test_what_is_drawn_anew_is_not_taken_out():
+    def function(x, noise):
+        return (x.exp() * torch.rand_like(x) + noise.sum(),)
+
+    graph = tracing.trace(function, X, NOISE)
+    parts = hoisting.in_two(graph, 1)
+    assert handed(parts) == [(3, 5)]
+    known = parts.once(X)
+    first, second = (parts.each(X, *known, NOISE)[0] for _ in range(2))
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("kind", "once", "each"),
+    [("mean-field", 2, 2), ("full-rank", 2, 2), ("vamp", 4, 2), ("bottom-up", 2, 6)],
+)
+def test_an_evaluation_encodes_its_images_once(kind, once, each, precision):
+    """By the number of layers: the encoder's, those again for a VampPrior, and all others."""
+    if kind == "bottom-up":
+        config = tiny_hierarchy(kind)
+    elif kind == "vamp":
+        config = tiny_config(prior="vamp", prior_args={"components": 3})
+    else:
+        config = tiny_config(posterior=kind)
+    data = tiny_data(config)
+    vae = cfg.build(config, data)
+    x = data.test.tensor()
+    kernel = CompiledTerms(vae.model, vae.guide, vae, x, 7, compile_it=False, precision=precision)
+    for part, layers in ((kernel._once, once), (kernel._each, each)):
+        assert targets(part).count(aten.addmm.default) == layers
+    # Weights are rounded to bfloat16 once too: what is rounded for each chunk has its particles.
+    for node in kernel._each.graph.nodes:
+        if node.target is aten._to_copy.default:
+            assert node.meta["val"].shape[0] in (7, 7 * len(x))
+
+
+def test_each_batch_of_an_evaluation_is_told_once_and_by_the_weights_of_then(monkeypatch):
+    vae, data = tiny_vae()
+    x = data.test.tensor()
+    kernel = CompiledTerms(vae.model, vae.guide, vae, x, 4, compile_it=False)
+    asked = []
+    of = kernel.of
+    monkeypatch.setattr(kernel, "of", lambda x: asked.append(x) or of(x))
+    options = {"chunk": 4, "seed": 0}
+    for i in range(2):
+        ours = list(chunks(vae.model, vae.guide, x, 12, kernel=kernel, **options))
+        theirs = list(chunks(vae.model, vae.guide, x, 12, **options))
+        assert len(asked) == i + 1
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a.log_weights, b.log_weights, rtol=1e-5, atol=1e-5)
+        with torch.no_grad():
+            for p in vae.parameters():
+                p.mul_(1.5)

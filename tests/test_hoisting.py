@@ -65,6 +65,14 @@ def test_a_tensor_for_each_draw_does_not_count_as_what_it_is_made_of():
     assert handed(divided(function, 1, X, NOISE)) == []
 
 
+def test_a_product_counts_however_large_it_is():
+    def function(w, x, noise):
+        return ((x.sum(-1, keepdim=True) @ w.sum(0, keepdim=True)).tanh() * noise.sum(),)
+
+    long, wide = torch.randn(9, 2), torch.randn(2, 8)
+    assert handed(divided(function, 2, wide, long, NOISE)) == [(9, 8)]
+
+
 def test_what_is_made_of_nothing_is_left():
     def function(x, noise):
         zero = x.new_zeros(())
@@ -120,6 +128,16 @@ def test_what_is_written_through_a_view_is_left_too():
     parts = divided(function, 2, W, X, NOISE)
     assert handed(parts) == [(3, 4)]
     assert aten.copy_.default in targets(parts.each)
+
+
+def test_what_is_written_by_one_of_its_parts_is_left_too():
+    def function(x, noise):
+        whole = x.exp()
+        first, _ = whole.split([2, 3], -1)
+        first.mul_(2.0)
+        return (whole.sin().sum() + noise,)
+
+    assert handed(divided(function, 1, X, NOISE)) == []
 
 
 def test_what_is_written_in_place_with_others_is_left_too():

@@ -93,6 +93,7 @@ _OWN_PLAN: dict[tuple[str, str], Settings] = {
     ("iwae", "iwae-k5"): {"epochs": 500},
     # 28 of 40 latents are in use with it, 11 without.
     ("exemplar", "vae-fashion"): {"kl_warmup": 50},
+    ("exemplar", "vae-fashion-vamp"): {"kl_warmup": 50},
 }
 
 

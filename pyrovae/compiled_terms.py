@@ -1,6 +1,7 @@
 """The fast evaluator: the terms of the log-weights for whole chunks, traced and compiled once."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -31,13 +32,14 @@ REPAID_AFTER_CHUNKS = 2000
 class CompiledTerms:
     """The terms of the log-weights for chunks of one shape, traced and compiled once.
 
-    An `importance.Kernel`. One chunk is computed both ways first, and a difference is an error.
+    An `importance.Kernel`. Two chunks are computed both ways first, and a difference is an error.
     What no draw enters, such as x encoded, is computed once for a batch (`hoisting.py`).
 
     Args:
         model: Pyro program with the observed sites.
         guide: Pyro program with the latent sites, all made of normals.
-        module: the module whose weights they use; they are read anew for every batch.
+        module: the module whose weights they use. They are read anew for every batch, and must not
+            change while its chunks are computed.
         x: the first batch, (B, *x_shape).
         num_particles: K of a chunk.
         compile_it: False replays the traced operations one by one.
@@ -67,33 +69,46 @@ class CompiledTerms:
             graph, self._events = traced.graph(x)
         self._once, each = hoisting.in_two(graph, len(self._weights) + 1)
         self._each: Callable[..., Sequence[Tensor]] = each
-        noise = Noise(0, range(len(x)), range(num_particles))
+        starts = (0, num_particles)
+        noise = [Noise(0, range(len(x)), range(i, i + num_particles)) for i in starts]
+        if compile_it:
+            fixed = self._fixed(x)
+            self._each = compiled(each, [*fixed, *self._drawn(x, noise[0])])
+        terms = self.of(x)
+        ours = [terms(of) for of in noise]  # a second one, for what may have stayed of the first
         with torch.no_grad(), networks_in(module, precision):
-            if compile_it:
-                fixed = [*self._weights, x]
-                example = [*fixed, *self._once(*fixed), *self._drawn(x, noise)]
-                self._each = compiled(each, example)
-            (truth,) = chunks(model, guide, x, num_particles, chunk=num_particles, seed=0)
-            _compare_terms(self.of(x)(noise), truth, rounded=precision != "fp32")
+            theirs = list(chunks(model, guide, x, 2 * num_particles, chunk=num_particles, seed=0))
+        for a, b in zip(ours, theirs, strict=True):
+            _compare_terms(a, b, rounded=precision != "fp32")
 
     def serves(self, x: Tensor, noise: Noise) -> bool:
         """Whether a chunk has this shape, and draws from the guide."""
         return noise.proposal == GUIDE and (len(noise.particles), *x.shape) == self.shape
 
     def of(self, x: Tensor) -> Callable[[Noise], LogTerms]:
-        """The terms of this batch's chunks."""
+        """The terms of this batch's chunks, as a function of noise that `serves` accepts."""
         x = x.contiguous()
-        with torch.no_grad(), networks_in(None, self.precision):
-            fixed = [*self._weights, x]
-            fixed += self._once(*fixed)
+        fixed = self._fixed(x)
 
         def terms(noise: Noise) -> LogTerms:
-            with torch.no_grad(), networks_in(None, self.precision):
+            with self._computing(x.device):
                 results = self._each(*fixed, *self._drawn(x, noise))
             likelihood, prior, posterior, *z = results
             return LogTerms(likelihood, prior, posterior, dict(zip(self._events, z, strict=True)))
 
         return terms
+
+    def _fixed(self, x: Tensor) -> list[Tensor]:
+        given = [*self._weights, x]
+        with self._computing(x.device):
+            return [*given, *self._once(*given)]
+
+    @contextmanager
+    def _computing(self, device: torch.device) -> Iterator[None]:
+        # The operations have their precisions written down: nothing around them may round.
+        autocast = torch.autocast(device.type, enabled=False)
+        with torch.no_grad(), autocast, networks_in(None, self.precision):
+            yield
 
     def _drawn(self, x: Tensor, noise: Noise) -> list[Tensor]:
         return [noise.draw(site, event, x) for site, event in self._events.items()]

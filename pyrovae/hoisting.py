@@ -23,15 +23,6 @@ _PRODUCTS = (
     _aten.baddbmm.default,
     _aten.convolution.default,
 )
-# What they return has nothing of their argument but its kind, which a compiler knows.
-_FILLED = (
-    _aten.new_zeros.default,
-    _aten.new_ones.default,
-    _aten.new_full.default,
-    _aten.zeros_like.default,
-    _aten.ones_like.default,
-    _aten.full_like.default,
-)
 
 
 class Parts(NamedTuple):
@@ -46,9 +37,13 @@ class Parts(NamedTuple):
 def in_two(graph: GraphModule, fixed: int) -> Parts:
     """Divide a graph of `tracing.trace` by what its first inputs decide by themselves.
 
-    Some of it is left where it is, since a compiler does better with it: views, and what is larger
-    than all that it is made of, as the logarithm of a scale is that was repeated for every draw.
-    So is what is written in place, and all that is read of it: the order of operations counts.
+    Taken out are matrix products and convolutions, what comes of them, and numbers rounded to fewer
+    bits. The rest is left where it is, since a compiler does better with it: views, functions of
+    an input's elements, and what is larger than the largest input or product that it is made of, as
+    the logarithm of a scale is that was repeated for every draw.
+
+    Where a graph writes into any tensor, or calls what is no plain operator, all of it is left:
+    then the order of the operations counts, and tensors may share memory without saying so.
 
     Args:
         graph: it is not changed.
@@ -65,7 +60,7 @@ def in_two(graph: GraphModule, fixed: int) -> Parts:
     for node in reversed(nodes):
         if node in needed and node in kept:
             handed.insert(0, node)
-        elif node in needed or node.op == "output" or _writes(node):
+        elif node in needed or _has_an_effect(node):
             needed.update((node, *node.all_input_nodes))
 
     once, here = Graph(), dict[Node, Node]()
@@ -89,77 +84,67 @@ def in_two(graph: GraphModule, fixed: int) -> Parts:
 
 
 def _decided(nodes: list[Node], given: list[Node]) -> set[Node]:
-    """What the given inputs decide by themselves, whenever it is computed; constants too."""
-    owner, written = _memory(nodes)
-    decided: set[Node] = set()
+    """What the given inputs decide by themselves; constants are in it."""
+    decided = set(given)
+    if not all(_only_computes(node) for node in nodes):
+        return decided
     for node in nodes:
-        is_known = node in given or node.op == "get_attr" or _computes(node)
-        steady = owner[node] not in written
-        if is_known and steady and decided.issuperset(node.all_input_nodes):
+        is_known = node.op in ("call_function", "get_attr") and not _draws(node)
+        if is_known and decided.issuperset(node.all_input_nodes):
             decided.add(node)
     return decided
 
 
-def _memory(nodes: list[Node]) -> tuple[dict[Node, Node], set[Node]]:
-    """Whose memory each tensor lies in, and which of those owners is written into."""
-    owner: dict[Node, Node] = {}
-    written: set[Node] = set()
-    for node in nodes:
-        owner[node] = node
-        if node.target is operator.getitem:  # one of several results
-            owner[node] = owner[node.all_input_nodes[0]]
-        for argument, value in _arguments(node):
-            if argument.alias_info is None:
-                continue
-            tensors = value if isinstance(value, list | tuple) else [value]
-            for tensor in [each for each in tensors if isinstance(each, Node)]:
-                owner[node] = owner[tensor]
-                if argument.alias_info.is_write:
-                    written.add(owner[tensor])
-    return owner, written
-
-
-def _writes(node: Node) -> bool:
-    return any(a.alias_info is not None and a.alias_info.is_write for a, _ in _arguments(node))
-
-
 def _worth_keeping(decided: list[Node]) -> set[Node]:
-    """Of what is decided, tensors that were made of others and are no larger than those."""
+    """Of what is decided, what is to be computed before."""
     kept: set[Node] = set()
+    below: set[Node] = set()  # products, and what comes of them
     extent: dict[Node, int] = {}  # of the largest input or product that a node is made of
     for node in decided:
-        sources = [extent[each] for each in node.all_input_nodes]
-        is_source = node.op == "placeholder" or node.target in _PRODUCTS
-        extent[node] = _size(node) if is_source else max(sources, default=0)
-        is_made = node.op == "call_function" and node.target not in _FILLED and not _is_view(node)
-        if is_made and isinstance(node.meta["val"], Tensor) and _size(node) <= extent[node]:
+        sources = node.all_input_nodes
+        is_product = node.target in _PRODUCTS
+        if is_product or not below.isdisjoint(sources):
+            below.add(node)
+        if is_product or node.op == "placeholder":
+            extent[node] = _size(node)
+        else:
+            extent[node] = max((extent[each] for each in sources), default=0)
+        is_made = isinstance(node.meta.get("val"), Tensor) and not _is_view(node)
+        if is_made and (node in below or _is_rounded(node)) and _size(node) <= extent[node]:
             kept.add(node)
     return kept
 
 
-def _computes(node: Node) -> bool:
-    """Whether it is an operation that always gives the same of the same."""
-    is_operation = node.target is operator.getitem or isinstance(node.target, OpOverload)
-    return is_operation and torch.Tag.nondeterministic_seeded not in getattr(
-        node.target, "tags", ()
-    )
+def _only_computes(node: Node) -> bool:
+    """Whether it writes into no tensor, for all that it says."""
+    if node.op != "call_function" or node.target is operator.getitem:
+        return True
+    return isinstance(node.target, OpOverload) and not node.target._schema.is_mutable
+
+
+def _draws(node: Node) -> bool:
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+
+
+def _has_an_effect(node: Node) -> bool:
+    """Whether it does more than to make a tensor: writes, returns, or raises an error."""
+    if node.op == "output" or not _only_computes(node):
+        return True
+    return isinstance(node.target, OpOverload) and not node.target._schema.returns
 
 
 def _is_view(node: Node) -> bool:
-    if node.target is operator.getitem:
+    if node.target is operator.getitem:  # one of several results
         return _is_view(node.all_input_nodes[0])
-    return any(argument.alias_info is not None for argument, _ in _arguments(node))
+    said = node.target._schema.arguments if isinstance(node.target, OpOverload) else ()
+    return any(argument.alias_info is not None for argument in said)
 
 
-def _arguments(node: Node) -> list[tuple[Any, Any]]:
-    """What an operation says of each of its arguments, and what it is given for it."""
-    if not isinstance(node.target, OpOverload):
-        return []
-    said = node.target._schema.arguments
-    return [
-        (a, node.args[i] if i < len(node.args) else node.kwargs.get(a.name))
-        for i, a in enumerate(said)
-    ]
+def _is_rounded(node: Node) -> bool:
+    if node.target is not _aten._to_copy.default:
+        return False
+    (source,) = node.all_input_nodes
+    return bool(node.meta["val"].dtype.itemsize < source.meta["val"].dtype.itemsize)
 
 
 def _size(node: Node) -> int:

@@ -93,7 +93,10 @@ class Kernel(Protocol):
         """Whether a chunk has the shape and the proposal that this kernel is made for."""
 
     def of(self, x: Tensor) -> Callable[[Noise], LogTerms]:
-        """The terms of a batch's chunks, with the weights of now."""
+        """The terms of a batch's chunks, for noise that it serves and the weights of now.
+
+        Neither x nor the weights may change while those chunks are computed.
+        """
 
 
 def log_weights(model: Program, guide: Program, x: Tensor, num_particles: int) -> Tensor:
@@ -172,8 +175,8 @@ def chunks(
     check_particles(num_particles)
     images = range(first_image, first_image + len(x))
     with torch.no_grad(), isolated_params():
-        draw = _sampler(guide, x)
         fast: Callable[[Noise], LogTerms] | None = None
+        draw: Callable[[Noise], poutine.Trace] | None = None
         for start in range(0, num_particles, chunk):
             particles = range(start, min(start + chunk, num_particles))
             noise = Noise(seed, images, particles, proposal)
@@ -181,6 +184,7 @@ def chunks(
                 fast = kernel.of(x) if fast is None else fast
                 yield fast(noise)
                 continue
+            draw = _sampler(guide, x) if draw is None else draw
             with _validated_once(start):
                 trace = draw(noise)
                 terms = _score(model, trace, x, len(particles), proposal, num_particles)

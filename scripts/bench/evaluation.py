@@ -50,7 +50,7 @@ def importance_weighted(effort: Effort) -> list[Table]:
     # A GPU takes seconds for all: measured on few, the start of an evaluation would be scaled too.
     most = SCALED if gpu and not effort.smoke else few
     images = {PYTHAE: few, PYTHAE_NO_GRAD: few, LOOP: most, OURS: most, ROUNDED: most}
-    rounds = effort.of(5, 2)
+    rounds = effort.of(5 if gpu else 15, 2)
     data = cases.digits(effort.of(20_064, 800) + most, test_size=most)
     vae = cases.mlp_vae(hidden=hidden, latent=latent).to(cases.device())
     net = torch_losses.mlp(vae)

@@ -104,5 +104,6 @@ try {
 } finally {
   browser.kill();
   await closed;
-  rmSync(profile, { recursive: true, force: true, maxRetries: 5 });
+  // Processes that the browser had started may still write there for a moment.
+  rmSync(profile, { recursive: true, force: true, maxRetries: 20, retryDelay: 100 });
 }

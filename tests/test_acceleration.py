@@ -1268,6 +1268,7 @@ def test_the_engine_of_an_evaluation_is_made_in_its_precision(monkeypatch):
         init(self, *args, **options)
 
     monkeypatch.setattr(CompiledTerms, "__init__", spy)
+    monkeypatch.setattr(compiled_terms, "compiled", lambda graph, example: graph)  # as traced
     evaluate(vae, data.test, 20, engine="compiled", precision="bf16")
     assert made == ["bf16"]
 

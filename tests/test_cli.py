@@ -305,7 +305,10 @@ def test_a_run_stopped_within_an_epoch_goes_on_exactly(
     assert metrics("stopped") == metrics(str(uninterrupted))
 
 
-@pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("signum", "status"),
+    [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)],
+)
 def test_a_real_process_stops_and_is_resumed(signum: int, status: int, here: Path) -> None:
     # What "auto" means depends on how many steps are planned: here, far more than are taken.
     command = f"-m pyrovae {TINY} --out real --epochs 100000 --device cpu --engine svi"

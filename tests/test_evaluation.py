@@ -497,6 +497,7 @@ def shard(first: int, stop: int) -> list[float]:
     return part.log_likelihood.tolist()
 
 
+@pytest.mark.slow
 def test_any_number_of_processes_gives_the_same_numbers(gaussian):
     vae, x = gaussian
     whole = evaluate(vae, split_of(x), 70).per_image.log_likelihood

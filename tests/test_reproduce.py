@@ -309,6 +309,7 @@ def reproduce(flags: list[str], here: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_smoke_keeps_nothing(tmp_path: Path) -> None:
     page = ROOT / "benchmarks/reproduction/README.md"
     before = page.read_bytes(), (ROOT / "README.md").read_bytes()

@@ -40,6 +40,7 @@ def faults(*words: str, **environment: str) -> int:
     return int(out.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator")
 def test_freed_memory_is_kept():
     pages = 4 * 20_000_000 // os.sysconf("SC_PAGE_SIZE")

@@ -73,6 +73,7 @@ def test_training_learns(trained: Path) -> None:
     assert elbo[2] > elbo[0] + 0.3
 
 
+@pytest.mark.slow
 def test_options_reach_the_model(tmp_path: Path) -> None:
     flags = "--likelihood gaussian --likelihood-args scale=0.2 --objective mean-field --beta 0.5"
     done = run("train.py", f"{flags} {SMALL} --out r", tmp_path)

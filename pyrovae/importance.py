@@ -5,8 +5,8 @@ lie in a plate over the images at dim -1; it never asks for a VAE.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any, NamedTuple, Protocol
 
 import pyro
@@ -278,22 +278,47 @@ class Plan(NamedTuple):
     particles: int
 
 
+# What torch asks before it rounds the factors of a product or convolution in float32.
+_SWITCHES: Sequence[Any] = (
+    torch.backends.cuda.matmul,
+    torch.backends.mkldnn.matmul,
+    torch.backends.mkldnn.conv,
+    torch.backends.cudnn.conv,
+    torch.backends.cudnn.rnn,
+)
+
+
 @contextmanager
 def float32_products(rounded: bool = False) -> Iterator[None]:
-    """Let matrix products and convolutions in float32 be that, also on a GPU.
+    """Let matrix products and convolutions in float32 be that, whatever torch has been told.
 
     Args:
-        rounded: let them round their factors to tf32 instead, 10 bits of mantissa.
+        rounded: let a GPU round their factors to tf32 instead, 10 bits of mantissa.
     """
-    # cuDNN's convolutions have a switch of their own, which torch leaves on.
-    before, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("high" if rounded else "highest")
-    torch.backends.cudnn.allow_tf32 = rounded
+    # Torch has two sets of switches. Each reads what the other wrote, or refuses to.
+    before = [switch.fp32_precision for switch in _SWITCHES]
+    matmul = convolutions = None
+    with suppress(RuntimeError):
+        matmul = torch.get_float32_matmul_precision()
+    with suppress(RuntimeError):
+        convolutions = torch.backends.cudnn.allow_tf32
     try:
+        torch.set_float32_matmul_precision("high" if rounded else "highest")
+        torch.backends.cudnn.allow_tf32 = rounded
+        # The older ones leave convolutions to whatever has been said of all of torch.
+        for switch in _SWITCHES[2:]:
+            on_gpu = switch is not torch.backends.mkldnn.conv
+            switch.fp32_precision = "tf32" if rounded and on_gpu else "ieee"
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
-        torch.backends.cudnn.allow_tf32 = convolutions
+        if matmul is not None:
+            torch.set_float32_matmul_precision(matmul)
+        if convolutions is not None:
+            torch.backends.cudnn.allow_tf32 = convolutions
+        # "none": as is said of all of torch, also when that changes.
+        of_all = torch.backends.fp32_precision
+        for switch, was in zip(_SWITCHES, before, strict=True):
+            switch.fp32_precision = "none" if was == of_all else was
 
 
 def check_has_density(programs: Any) -> None:

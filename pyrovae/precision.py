@@ -57,8 +57,13 @@ def check_rounds(module: Any, precision: str, device: torch.device) -> None:
 
 def stands(precision: str, device: torch.device) -> bool:
     """Whether torch's switches stand as `networks_in` would turn them for products on a CPU."""
+    if device.type != "cpu" or torch.backends.mkldnn.conv.fp32_precision not in ("ieee", "none"):
+        return False
     wanted = "high" if precision == "tf32" else "highest"
-    return device.type == "cpu" and torch.get_float32_matmul_precision() == wanted
+    try:
+        return torch.get_float32_matmul_precision() == wanted
+    except RuntimeError:  # set by a switch that this one does not know
+        return False
 
 
 def _layers(module: Any) -> list[nn.Module]:

@@ -35,9 +35,11 @@ from pyrovae.optimizers import (
 )
 from pyrovae.precision import networks_in, stands
 from pyrovae.recording import NotRecordableError, Recording
-from pyrovae.streams import seed_of
+from pyrovae.streams import own_streams, seed_of
 from pyrovae.tracing import Draws, NotTraceableError, Plan, Traced
 
+# A look at whether the programs still are those that were traced may take such a part of the time.
+_LOOKING = 0.02
 # Steps that wait to be taken together: as many as take so many seconds, and at most so many.
 _LONGEST_QUEUE = 32
 _PATIENCE = 0.05
@@ -54,7 +56,9 @@ class CompiledSVI:
     Each batch size is traced once. The first is compiled; another one, such as the ragged last
     batch of an epoch, replays its traced operations one by one, or from a CUDA graph of its own.
     Before the first step, loss and gradients of the graph are held against those of ``loss``
-    itself, on the same noise.
+    itself, on the same noise. A number or a switch that the programs read in Python is a constant
+    of the graph: where one changes later, `check` and `check_programs` tell, and the remedy is a
+    tensor.
 
     Args:
         model: Pyro program with the observed sites.
@@ -137,6 +141,9 @@ class CompiledSVI:
         """The losses of all steps, summed; set it to what it should start from."""
         self._averages = _averages(average, module, self._params)
         self._steps: dict[int, _Step] = {}
+        self._look_at = 0.0
+        self.uncompiled = ""
+        """Why the step was captured as it was traced, if it could not be compiled."""
         self._unused: list[bool] = []
         self._bound: list[tuple[Tensor, ...]] = []
         self._health = torch.zeros(2, dtype=torch.int64, device=self.device)
@@ -241,7 +248,8 @@ class CompiledSVI:
 
         Raises:
             FloatingPointError: if one failed, with its number.
-            NotTraceableError: if a tensor of the module was assigned anew, or frozen or released.
+            NotTraceableError: if a tensor of the module was assigned anew, or frozen or released;
+                or as `check_programs`, which is asked now and then.
         """
         self.flush()
         self._traced.check_held()
@@ -249,6 +257,20 @@ class CompiledSVI:
         if failed:
             raise FloatingPointError(f"the loss or a gradient of step {failed} is not finite")
         self._mark()
+        if time.monotonic() >= self._look_at:
+            self.check_programs()
+
+    def check_programs(self) -> None:
+        """See that the programs compute what they did when they were traced.
+
+        Raises:
+            NotTraceableError: if they do not, as after a number that they read has changed.
+        """
+        started = time.monotonic()
+        with networks_in(self._module, self.precision):
+            self._traced.check_same()
+        ended = time.monotonic()
+        self._look_at = ended + (ended - started) / _LOOKING
 
     def failed(self) -> tuple[int, Tensor, Draws]:
         """The step that `check` complained of: its number, its x, and a handler with its noise.
@@ -334,7 +356,12 @@ class CompiledSVI:
         # A graph keeps the kernels that the switches chose when it was captured.
         with networks_in(None, self.precision):
             if first and mode != "traced":
-                step.compile(batch, row)
+                try:
+                    step.compile(batch, row)
+                except NotTraceableError as error:
+                    if not step.captures:
+                        raise
+                    self.uncompiled = str(error)  # what was traced can be captured as it is
                 step.record(batch, row)
             try:
                 step.capture(batch, row)
@@ -444,7 +471,7 @@ class _Step:
         self.plan = plan
         self._traced = graphs
         self._graphs: list[Callable[..., Tensor]] = list(graphs)
-        self._capture = mode == "cuda-graph" and svi.reduce is None
+        self.captures = mode == "cuda-graph" and svi.reduce is None
         self._fixed = svi._fixed()
         self._replay: Callable[..., Tensor] | None = None
         self._recording: Recording | None = None
@@ -459,29 +486,42 @@ class _Step:
 
         Raises:
             NotTraceableError: if compilation fails, or loss or moments (linear in the gradient)
-                differ.
+                differ, or what is counted.
         """
-        rest, results = self._fixed[len(self.svi._state) :], []
-        # Of each parameter the first moment, which follows the parameters.
-        first = [
-            sum(self.svi._moments[:i], len(self.svi._params)) for i in range(len(self.svi._moments))
-        ]
-        for compile_it in (False, True):
-            state = [t.clone() for t in self.svi._state]
-            inputs, out = [*state, *rest, batch, row], row
-            for i, graph in enumerate(self._traced):
-                if compile_it:
-                    self._graphs[i] = compiling.compiled(graph, inputs)
-                with torch.no_grad():
-                    out = self._graphs[i](*inputs)
-                inputs = [*state, out, row]
-            results.append([out, *(state[i] for i in first)])
+        expected, _ = self._tried(batch, row)
         # A kernel may keep in float32 what the traced operations round to bfloat16 in between.
         tolerance = 2e-2 if self.svi.precision == "bf16" else 1e-3
-        for theirs, ours in zip(*results, strict=True):
-            tracing.compare(
-                "a result of the compiled step", ours, theirs, "the traced one's", tolerance
-            )
+
+        def checked(options: compiling.Options) -> list[Callable[..., Tensor]]:
+            results, graphs = self._tried(batch, row, options)
+            for theirs, ours in zip(expected, results, strict=True):
+                tracing.compare(
+                    "a result of the compiled step", ours, theirs, "the traced one's", tolerance
+                )
+            return graphs
+
+        self._graphs = compiling.first_that_works(self.svi.device, checked)
+
+    def _tried(
+        self, batch: Tensor, row: Tensor, options: compiling.Options | None = None
+    ) -> tuple[list[Tensor], list[Callable[..., Tensor]]]:
+        """A step on a copy of the state: some of its results, and the graphs that it was done by.
+
+        Compiled where there are options. Whatever draws from torch's stream draws the same.
+        """
+        svi = self.svi
+        state, rest = [t.clone() for t in svi._state], self._fixed[len(svi._state) :]
+        inputs, out = [*state, *rest, batch, row], row
+        graphs: list[Callable[..., Tensor]] = []
+        for traced in self._traced:
+            way = None if options is None else compiling.compiled(traced, inputs, options)
+            graphs.append(traced if way is None else way)
+            with torch.no_grad(), own_streams(0):
+                out = graphs[-1](*inputs)
+            inputs = [*state, out, row]
+        # Of each parameter the first moment, which follows the parameters; the last two are counts.
+        first = [sum(svi._moments[:i], len(svi._params)) for i in range(len(svi._moments))]
+        return [out, *(state[i] for i in first), *state[-2:]], graphs
 
     def capture(self, batch: Tensor, row: Tensor) -> None:
         """Capture the step in a CUDA graph, if it is to be replayed from one.
@@ -489,7 +529,7 @@ class _Step:
         Raises:
             NotTraceableError: if that cannot be done, while another engine can still be taken.
         """
-        if self._capture:
+        if self.captures:
             try:
                 self._captured(batch, row)
             except RuntimeError as error:
@@ -537,7 +577,7 @@ class _Step:
         runs = list(zip(batches, rows, strict=False))
         # Products read the switch for tf32 when they run (a captured one has chosen its kernels);
         # bf16 is in the graph. To ask is sooner done than to turn it.
-        if self._capture or stands(self.svi.precision, self.svi.device):
+        if self.captures or stands(self.svi.precision, self.svi.device):
             with torch.no_grad():
                 return self._run(runs)
         with torch.no_grad(), networks_in(None, self.svi.precision):
@@ -559,7 +599,7 @@ class _Step:
         return losses[-1]
 
     def _once(self, batch: Tensor, row: Tensor) -> Tensor:
-        if self._capture:
+        if self.captures:
             return self._captured(batch, row)(batch, row)
         return self._call(batch, row.to(self.svi.device, non_blocking=True))
 

@@ -287,7 +287,7 @@ def cost(
         began = time.perf_counter()
         point = bridge.evaluate(point.u)
         if x.is_cuda:
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(x.device)
         times.append(time.perf_counter() - began)
     gradients = settings.gradients(num_images, passes)
     # The first evaluation pays for what is set up once.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pyrovae import engines, hoisting, tracing
-from pyrovae.compiling import compiled, has_compiler
+from pyrovae.compiling import Options, compiled, first_that_works, has_compiler
 from pyrovae.errors import InputError
 from pyrovae.importance import (
     GUIDE,
@@ -71,15 +71,22 @@ class CompiledTerms:
         self._each: Callable[..., Sequence[Tensor]] = each
         starts = (0, num_particles)
         noise = [Noise(0, range(len(x)), range(i, i + num_particles)) for i in starts]
-        if compile_it:
-            fixed = self._fixed(x)
-            self._each = compiled(each, [*fixed, *self._drawn(x, noise[0])])
-        terms = self.of(x)
-        ours = [terms(of) for of in noise]  # a second one, for what may have stayed of the first
         with torch.no_grad(), networks_in(module, precision):
             theirs = list(chunks(model, guide, x, 2 * num_particles, chunk=num_particles, seed=0))
-        for a, b in zip(ours, theirs, strict=True):
-            _compare_terms(a, b, rounded=precision != "fp32")
+
+        def checked(options: Options | None = None) -> None:
+            if options is not None:
+                example = [*self._fixed(x), *self._drawn(x, noise[0])]
+                self._each = compiled(each, example, options)
+            terms = self.of(x)
+            # Two, for something of the first may have stayed.
+            for ours, other in zip([terms(of) for of in noise], theirs, strict=True):
+                _compare_terms(ours, other, rounded=precision != "fp32")
+
+        if compile_it:
+            first_that_works(x.device, checked)
+        else:
+            checked()
 
     def serves(self, x: Tensor, noise: Noise) -> bool:
         """Whether a chunk has this shape, and draws from the guide."""

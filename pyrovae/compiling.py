@@ -1,12 +1,13 @@
 """A traced graph made fast: compiled by Inductor, or captured in a CUDA graph."""
 
 import copy
+import gc
 import logging
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,7 +15,10 @@ from torch.fx import GraphModule
 
 from pyrovae import rewriting
 from pyrovae.recording import NotRecordableError, Recording
+from pyrovae.streams import own_streams
 from pyrovae.tracing import NotTraceableError
+
+T = TypeVar("T")
 
 
 def has_compiler() -> bool:
@@ -76,38 +80,70 @@ class Compiled:
         return made[0]
 
 
+Options = dict[str, Any]
+
 # What Inductor is told, tried in turn.
 #
+# Sites that draw for themselves draw from torch's own stream, as they do uncompiled: so the two can
+# be compared, and a resumed run goes on exactly.
+_ALWAYS: Options = {"fallback_random": True}
 # A graph with its gradient inside looks like inference to it, and it would lay images out with
 # channels innermost: on a CPU three lanes of a vector's sixteen.
-_FOR_CPU: Sequence[dict[str, Any]] = ({"layout_optimization": False},)
+_FOR_CPU: Sequence[Options] = ({**_ALWAYS, "layout_optimization": False},)
 # Kernels that do not wait for each other are launched as one, for a GPU takes longer to begin a
 # small one than to do it: a fifth to a third of the launches are gone (tests/gpu_code.py counts
-# them). Torch calls it experimental, so where it fails to compile the second way is without.
-_FOR_GPU: Sequence[dict[str, Any]] = ({"combo_kernels": True}, {})
+# them). Torch calls it experimental, so where it fails, or computes something else, the second way
+# is without.
+_FOR_GPU: Sequence[Options] = ({**_ALWAYS, "combo_kernels": True}, _ALWAYS)
 
 
-def compiled(graph: GraphModule, example: Sequence[Tensor]) -> Compiled:
+def _ways(on_gpu: bool) -> Sequence[Options]:
+    return _FOR_GPU if on_gpu else _FOR_CPU
+
+
+def first_that_works(device: torch.device, compile_and_check: Callable[[Options], T]) -> T:
+    """What a function returns for the first way to compile by which it does not fail.
+
+    Args:
+        device: that the graph is for.
+        compile_and_check: calls `compiled` with what it is given.
+
+    Raises:
+        NotTraceableError: of the last way, if all fail.
+    """
+    *first, last = _ways(device.type == "cuda")
+    for options in first:
+        with suppress(NotTraceableError):
+            return compile_and_check(options)
+    return compile_and_check(last)
+
+
+def compiled(
+    graph: GraphModule, example: Sequence[Tensor], options: Options | None = None
+) -> Compiled:
     """A traced graph compiled by Inductor for inputs like the example.
 
     Not through ``torch.compile``, whose guards would be asked at every call: shapes, types and
     devices are those that the graph was traced with.
 
+    Args:
+        graph: of `tracing.trace`; it stays as it is.
+        example: a tensor for each of its inputs.
+        options: of Inductor; default: of the last way that there is for their device.
+
     Raises:
         NotTraceableError: if compilation fails.
     """
-    *first, last = _FOR_GPU if any(t.is_cuda for t in example) else _FOR_CPU
-    for options in first:
-        with suppress(Exception):
-            return _compiled(graph, example, options)
+    if options is None:
+        options = _ways(any(t.is_cuda for t in example))[-1]
     try:
-        return _compiled(graph, example, last)
+        return _compiled(graph, example, options)
     except Exception as error:
         reason = " ".join(str(error).split())[:160]
         raise NotTraceableError(f"the compilation failed: {reason}") from error
 
 
-def _compiled(graph: GraphModule, example: Sequence[Tensor], options: dict[str, Any]) -> Compiled:
+def _compiled(graph: GraphModule, example: Sequence[Tensor], options: Options) -> Compiled:
     with torch.no_grad(), quiet_compiler():
         from torch._inductor import compile_fx  # late: it changes the filters of warnings
 
@@ -179,18 +215,23 @@ def captured(
     kept = [t.clone() for t in state]
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
+    graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+    gc.collect()  # what is freed while a stream is captured may break it
     try:
-        with torch.cuda.stream(stream):
-            for _ in range(3):  # compilation, and the libraries' own first-time work
-                function(*static)
-        torch.cuda.current_stream(device).wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        # On the stream given: torch's own would belong to the current device, not to this one.
-        # Torch leaves the stream current where capturing fails; the outer one puts ours back.
-        current = torch.cuda.stream(torch.cuda.current_stream(device))
-        with torch.cuda.device(device), current, torch.cuda.graph(graph, stream=stream):
-            output = function(*static)
+        # Sites that draw for themselves must meet the draws that they would have met.
+        with torch.cuda.device(device), own_streams():
+            with torch.cuda.stream(stream):
+                for _ in range(3):  # compilation, and the libraries' own first-time work
+                    function(*static)
+            torch.cuda.current_stream(device).wait_stream(stream)
+            # On the stream given: torch's own would belong to the current device, not to this one.
+            # Torch leaves the stream current where capturing fails; the outer one puts ours back.
+            # What other threads ask of CUDA meanwhile is theirs.
+            mode = {"pool": pool, "stream": stream, "capture_error_mode": "thread_local"}
+            with torch.cuda.stream(torch.cuda.current_stream(device)):
+                output = _while_captured(graph, mode, function, static)
     finally:  # also where it fails, for another engine may go on from here
+        torch.cuda.synchronize(device)  # no step of the other stream may write any more
         for t, old in zip(state, kept, strict=True):
             t.copy_(old)
 
@@ -200,9 +241,27 @@ def captured(
             to.copy_(value, non_blocking=True)
         with torch.cuda.device(device):
             graph.replay()
+        # Autograd sees who writes by torch's operations, and nobody else.
+        torch.autograd.graph.increment_version(state)
         return output.clone()
 
     return replay
+
+
+def _while_captured(
+    graph: Any, mode: dict[str, Any], function: Callable[..., Tensor], inputs: Sequence[Tensor]
+) -> Tensor:
+    """What a function returns, while all that it asks of CUDA is written into a graph."""
+    try:
+        with torch.cuda.graph(graph, **mode):
+            return function(*inputs)
+    except RuntimeError as error:
+        # The end of a broken capture leaves torch's allocator waiting for it: no cached memory
+        # would be given back from then on, and no other graph captured.
+        with suppress(Exception):
+            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), mode["pool"])
+        # What the end complains of is that the capture is broken; what broke it came before.
+        raise RuntimeError(str(error.__context__ or error)) from error
 
 
 @contextmanager

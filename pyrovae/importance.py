@@ -279,12 +279,13 @@ class Plan(NamedTuple):
 
 
 # What torch asks before it rounds the factors of a product or convolution in float32.
+_BACKENDS: Any = torch.backends
 _SWITCHES: Sequence[Any] = (
-    torch.backends.cuda.matmul,
-    torch.backends.mkldnn.matmul,
-    torch.backends.mkldnn.conv,
-    torch.backends.cudnn.conv,
-    torch.backends.cudnn.rnn,
+    _BACKENDS.cuda.matmul,
+    _BACKENDS.mkldnn.matmul,
+    _BACKENDS.mkldnn.conv,
+    _BACKENDS.cudnn.conv,
+    _BACKENDS.cudnn.rnn,
 )
 
 
@@ -307,7 +308,7 @@ def float32_products(rounded: bool = False) -> Iterator[None]:
         torch.backends.cudnn.allow_tf32 = rounded
         # The older ones leave convolutions to whatever has been said of all of torch.
         for switch in _SWITCHES[2:]:
-            on_gpu = switch is not torch.backends.mkldnn.conv
+            on_gpu = switch is not _BACKENDS.mkldnn.conv
             switch.fp32_precision = "tf32" if rounded and on_gpu else "ieee"
         yield
     finally:
@@ -316,7 +317,7 @@ def float32_products(rounded: bool = False) -> Iterator[None]:
         if convolutions is not None:
             torch.backends.cudnn.allow_tf32 = convolutions
         # "none": as is said of all of torch, also when that changes.
-        of_all = torch.backends.fp32_precision
+        of_all = _BACKENDS.fp32_precision
         for switch, was in zip(_SWITCHES, before, strict=True):
             switch.fp32_precision = "none" if was == of_all else was
 
@@ -434,7 +435,8 @@ def site_log_prob(site: dict[str, Any], shape: tuple[int, int]) -> Tensor:
     """The log-probability of one site for (K, B) = ``shape``, masked, and free of any scale."""
     log_prob = site["fn"].log_prob(site["value"])
     if site["mask"] is not None:
-        log_prob = torch.where(torch.as_tensor(site["mask"]), log_prob, 0.0)
+        mask = torch.as_tensor(site["mask"], device=log_prob.device)
+        log_prob = torch.where(mask, log_prob, 0.0)
     if log_prob.dim() == 0 or log_prob.shape[-1] != shape[1] or log_prob.dim() > 2:
         raise InputError(
             f"site {site['name']!r} must lie in a plate of the {shape[1]} images at dim -1 and in "

@@ -57,7 +57,8 @@ def check_rounds(module: Any, precision: str, device: torch.device) -> None:
 
 def stands(precision: str, device: torch.device) -> bool:
     """Whether torch's switches stand as `networks_in` would turn them for products on a CPU."""
-    if device.type != "cpu" or torch.backends.mkldnn.conv.fp32_precision not in ("ieee", "none"):
+    backends: Any = torch.backends
+    if device.type != "cpu" or backends.mkldnn.conv.fp32_precision not in ("ieee", "none"):
         return False
     wanted = "high" if precision == "tf32" else "highest"
     try:

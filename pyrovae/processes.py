@@ -117,5 +117,5 @@ def _guarded(call: Callable[[], Any]) -> None:
         reason = str(error).strip().split("\n")[0][:120]
         raise ProcessLostError(
             f"process {rank()} of {count()} lost the others ({reason}); what was saved is good: "
-            "start the same command again with --resume"
+            "start the same command again, a training with --resume"
         ) from None

@@ -179,6 +179,7 @@ class Traced:
         """Buffers and frozen parameters: inputs of the graph too, so that none is folded in."""
         self._held = self._tensors()
         self._loss = _Weighted(inner, self._losses)
+        self._verified: tuple[GraphModule, Plan, Tensor] | None = None
 
     def check_held(self) -> None:
         """See that module and parameter store still have the tensors that a step was traced with.
@@ -309,7 +310,50 @@ class Traced:
         Raises:
             NotTraceableError: if loss or a gradient differ, or the programs cannot be traced.
         """
-        graph = self.graph(plan, x)
+        verified = self.graph(plan, x), plan, x
+        loss, grads, expected, truth = self._twice(*verified)
+        compare("the loss of the traced step", loss, expected)
+        for name, ours, theirs in zip(self.named, grads, truth, strict=True):
+            if (ours is None) != (theirs is None):
+                raise NotTraceableError(f"the traced step and Pyro disagree on the use of {name}")
+            if ours is not None and theirs is not None:
+                compare(f"the traced gradient of {name}", ours, theirs)
+        self._verified = verified
+        self._gradient_was = float(_flat(truth).norm())
+
+    def check_same(self) -> None:
+        """See that the programs still are what `verify` held against Pyro.
+
+        Raises:
+            NotTraceableError: if not, as where they read a number or a switch that has changed.
+        """
+        if self._verified is None:
+            return
+        loss, grads, expected, truth = self._twice(*self._verified)
+        images = len(self._verified[2])
+        # Not as closely as at first: a loss may cross 0 and gradients end there, and what is left
+        # of them is rounding.
+        far = abs(float(loss - expected)) / (abs(float(expected)) + images)
+        zeros = [torch.zeros_like(p) for p in self.named.values()]
+        ours, theirs = (
+            _flat([z if g is None else g for g, z in zip(each, zeros, strict=True)])
+            for each in (grads, truth)
+        )
+        size = max(float(theirs.norm()), self._gradient_was)
+        turned = float((ours - theirs).norm()) / max(size, 1e-6)
+        if max(far, turned) > 1e-3:
+            raise NotTraceableError(
+                f"the programs changed after the step was traced: on the same noise, its loss is "
+                f"{float(loss) / images:.4g} per image, and theirs is now "
+                f"{float(expected) / images:.4g}. A number or a switch that they read in Python is "
+                "a constant of a traced step; let it be a tensor of the module, changed by "
+                "copy_(...), or start with --engine svi"
+            )
+
+    def _twice(
+        self, graph: GraphModule, plan: Plan, x: Tensor
+    ) -> tuple[Tensor, list[Tensor | None], Tensor, list[Tensor | None]]:
+        """Loss and gradients by the graph, and by Pyro, on the same noise."""
         params = [p.detach() for p in self.named.values()]
         with own_streams(), pyro.validation_enabled(False):
             noise = {
@@ -322,12 +366,7 @@ class Traced:
             loss, *grads = graph(*params, *self.constants, x, *noise.values(), weight)
             _put_random_states(x.device, state)  # for sites that draw inside the graph
             expected, truth = self._by_pyro(x, noise)
-        compare("the loss of the traced step", loss, torch.as_tensor(expected, device=x.device))
-        for name, ours, theirs in zip(self.named, grads, truth, strict=True):
-            if (ours is None) != (theirs is None):
-                raise NotTraceableError(f"the traced step and Pyro disagree on the use of {name}")
-            if ours is not None and theirs is not None:
-                compare(f"the traced gradient of {name}", ours, theirs)
+        return loss, grads, torch.as_tensor(expected, device=x.device), truth
 
     def _by_pyro(self, x: Tensor, noise: dict[str, Tensor]) -> tuple[float, list[Tensor | None]]:
         kept = [p.grad for p in self.named.values()]
@@ -341,6 +380,10 @@ class Traced:
         finally:
             for p, grad in zip(self.named.values(), kept, strict=True):
                 p.grad = grad
+
+
+def _flat(gradients: Sequence[Tensor | None]) -> Tensor:
+    return torch.cat([g.detach().double().reshape(-1) for g in gradients if g is not None])
 
 
 def trace(function: Callable[..., Any], *example: Tensor) -> GraphModule:

@@ -134,6 +134,7 @@ def fit(
         raise InputError(
             f"{run.path} already holds a run; give resume=True to go on with it, or another run="
         )
+    data = data.to("cpu")  # its order and draws are made there; an engine has a copy of its own
     likelihood = getattr(vae, "likelihood", None)
     if likelihood is not None:
         check_data(likelihood, data)
@@ -241,6 +242,8 @@ def fit(
                 bar.set_postfix_str(f"valid {name} {metrics[key]:.2f}")
             if callback is not None:
                 callback(metrics)
+        if isinstance(loop.engine, CompiledSVI):
+            loop.engine.check_programs()
     if stopped != "interrupted":
         if say is not None and state.epoch and loop.best is None:
             say("no validation ELBO was finite, so none was the best: these are the last weights")
@@ -289,6 +292,8 @@ def _engine(
     chosen, why = engines.choose(name, loop.device, steps, numbers)
     if chosen == "svi":
         return svi, f"svi: {why}"
+    if chosen == "cuda-graph" and processes.count() > 1:
+        chosen, why = "compiled", "several processes, which sum gradients between two graphs"
     # A resumed run draws as it did before, whatever memory is free now: two streams differ.
     by_index = engines.fits(train, loop.device) if by_index is None else by_index
     compiled = CompiledSVI(
@@ -309,10 +314,12 @@ def _engine(
     try:
         compiled.prepare(loop.example(size, compiled.split is not None))
     except NotTraceableError as error:
-        reason = str(error)
+        reason = str(error).strip().split("\n")[0]  # Pyro goes on with tables of shapes
     # Of several processes, all take one engine: what one of them cannot trace, nobody does.
     reason = next(filter(None, processes.gather(reason)), "")
     if not reason:
+        if compiled.uncompiled:
+            why += f"; as traced, for it was not compiled ({compiled.uncompiled})"
         return compiled, f"{chosen}: {why}"
     if name != "auto":
         raise NotTraceableError(reason)

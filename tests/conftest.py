@@ -4,11 +4,21 @@ import sys
 from pathlib import Path
 
 import matplotlib
+import pytest
 import torch
 
 matplotlib.use("agg")
 torch.set_num_threads(1)
 sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture(autouse=True)
+def without_cuda(request, monkeypatch):
+    """A test that does not ask for a GPU is one of the CPU, also on a machine that has one."""
+    if "gpu" not in request.keywords:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # of the processes that it starts
+
 
 # Their fixtures: a trained run and a folder with a copy of it; an empty folder.
 pytest_plugins = ["shell", "refusal"]

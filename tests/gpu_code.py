@@ -64,7 +64,7 @@ H100 = {
 
 
 def codes(graph: GraphModule, example: Sequence[Tensor]) -> list[str]:
-    """The code for a GPU of each way that `compiling.compiled` tries."""
+    """The code for a GPU of each way that `compiling.first_that_works` tries."""
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     graph = GraphModule(graph, copy.deepcopy(graph.graph))
     for node in graph.graph.nodes:
@@ -78,7 +78,9 @@ def codes(graph: GraphModule, example: Sequence[Tensor]) -> list[str]:
     FakeTensorProp(graph, mode).propagate_dont_convert_inputs(*fakes)
     written: list[str] = []
     with _pretended_gpu(written, mode), suppress(NotTraceableError):
-        compiling.compiled(graph, fakes)
+        compiling.first_that_works(
+            torch.device("cuda"), lambda options: compiling.compiled(graph, fakes, options)
+        )
     return written
 
 

@@ -1,5 +1,6 @@
 """The command line as it is meant to be used: what it prints, writes, resumes and returns."""
 
+import argparse
 import errno
 import json
 import os
@@ -303,6 +304,17 @@ def test_a_run_stopped_within_an_epoch_goes_on_exactly(
     same_state(here / "stopped/checkpoints/last.pt", uninterrupted / "checkpoints/last.pt")
     same_state(here / "stopped/checkpoints/best.pt", uninterrupted / "checkpoints/best.pt")
     assert metrics("stopped") == metrics(str(uninterrupted))
+
+
+def test_processes_join_for_the_device_of_the_run_that_they_resume(here: Path) -> None:
+    def device(out: str, **given: str) -> str:
+        return train_command._device(argparse.Namespace(resume=True, out=out), given)
+
+    stored = json.loads((here / "run/config.json").read_text()) | {"device": "cpu"}
+    (here / "run/config.json").write_text(json.dumps(stored))
+    assert device("run") == "cpu"
+    assert device("run", device="cuda") == "cuda"
+    assert device("no-such-run") == "auto"  # refused a little later, by name
 
 
 @pytest.mark.parametrize(

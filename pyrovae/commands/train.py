@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -37,9 +37,17 @@ from pyrovae.vae import VAE
 def train(args: argparse.Namespace) -> int:
     """``pyrovae train``: check everything, then train, evaluate and draw pictures."""
     given = settings(args, cfg.TrainConfig)
-    with processes.joined(given.get("device", "auto")):
+    with processes.joined(_device(args, given)):
         args.quiet = args.quiet or not processes.is_first()
         return _train(args, given)
+
+
+def _device(args: argparse.Namespace, given: dict[str, Any]) -> str:
+    """The device asked for, or that of the run to be resumed, if it can be read by now."""
+    if "device" not in given and args.resume and args.out:
+        with suppress(InputError):
+            return cfg.run_config(Run(args.out)).device
+    return given.get("device", "auto")
 
 
 def _train(args: argparse.Namespace, given: dict[str, Any]) -> int:

@@ -39,7 +39,7 @@ from pyrovae.streams import own_streams, seed_of
 from pyrovae.tracing import Draws, NotTraceableError, Plan, Traced
 
 # A look at whether the programs still are those that were traced may take such a part of the time.
-_LOOKING = 0.02
+_LOOKING = 0.01
 # Steps that wait to be taken together: as many as take so many seconds, and at most so many.
 _LONGEST_QUEUE = 32
 _PATIENCE = 0.05

@@ -6,8 +6,8 @@
 
 It writes DEVICE.json and DEVICE.md into --out. Parts: (a) a training step of a dense VAE, (b) of a
 convolutional one, (c) evaluation beside pythae and the machine's rate of matrix products, (d)
-seconds and memory as K grows, (e) start-up, (f) how threads wait. Each part states its own date,
-versions and machine.
+seconds and memory as K grows, (e) start-up, (f) how threads wait, (g) every call of a step and of a
+chunk with its time. Each part states its own date, versions and machine.
 The peers are those of ``pip install -e '.[bench]'``; one that is not installed is left out, and
 said so. What is compared with what, and the arithmetic: benchmarks/README.md.
 """
@@ -46,7 +46,7 @@ def main() -> int:
     runtime.keep_memory()
     # Only now: torch counts the cores when it is imported.
     import torch
-    from bench import evaluation, memory, startup, training, waiting
+    from bench import evaluation, memory, profile, startup, training, waiting
 
     # Convolutions in float32 for everybody; torch's default rounds a GPU's factors to 10 bits.
     torch.backends.cudnn.allow_tf32 = False
@@ -57,6 +57,7 @@ def main() -> int:
         "d": memory.against_particles,
         "e": startup.starts,
         "f": waiting.ways,
+        "g": profile.calls,
     }
     device = device_name(threads) + ("-smoke" if args.smoke else "")
     path = args.out / f"{device}.json"

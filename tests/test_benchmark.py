@@ -5,13 +5,16 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
-from bench import children, measure, tables  # noqa: E402
+from bench import children, measure, profile, tables  # noqa: E402
 from bench.measure import Falls, MissingError, Spread  # noqa: E402
 
 
@@ -190,10 +193,94 @@ def run(*flags: str, here: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+# Part g
+
+
+@pytest.fixture
+def extern_kernels() -> Any:
+    """As Inductor's functions know torch's; late, for importing it turns warnings on."""
+    from torch._inductor.select_algorithm import extern_kernels
+
+    return extern_kernels
+
+
+RATE = profile.Rates(products=2e9, memory=1e9, caches=4e9)
+
+
+def test_rows_are_sums_of_calls_beside_their_floors() -> None:
+    calls = [
+        profile.Call("product 2x3 by 3x4", 2000, 400),
+        profile.Call("cpp_fused_tanh_0", 0, 800),
+        profile.Call("product 2x3 by 3x4", 4000, 400),
+        profile.Call("cpp_fused_what_1", 0, 1200),
+    ]
+    table = profile.as_rows(calls, [1.0, 2.0, 3.0, 4.0, 9.0], 12.0, RATE, {"numbers": 1.5})
+    rows = {row.pop("name"): row for row in table["rows"]}
+    product = {"calls": 2, "us": 4.0, "arithmetic": 3.0, "memory": 0.8, "caches": 0.2}
+    assert rows["product 2x3 by 3x4"] == pytest.approx(product)
+    assert rows["tanh and bias"]["us"] == 2.0
+    assert rows["what_1"]["us"] == 4.0  # not known, and so by its name
+    assert rows["of all products"] == pytest.approx(product)
+    assert rows["of all calls"] == pytest.approx(
+        {"calls": 4, "us": 10.0, "arithmetic": 3.0, "memory": 2.8, "caches": 0.7}
+    )
+    assert rows["numbers"]["us"] == 1.5
+    assert rows["around it: Python, memory"]["us"] == pytest.approx(0.5)
+    assert rows["the whole"]["us"] == 12.0
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_the_work_of_a_convolution_is_what_torch_counts(
+    transposed: bool, extern_kernels: Any
+) -> None:
+    """Forward, and its gradients, as Inductor calls them."""
+    kind = torch.nn.ConvTranspose2d if transposed else torch.nn.Conv2d
+    layer, x = kind(3, 5, 4, stride=2, padding=1), torch.rand(2, 3, 8, 8, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        y = layer(x)
+        y.sum().backward()
+    clock = profile.Clock()
+    how = {"stride": (2, 2), "padding": (1, 1), "dilation": (1, 1), "transposed": transposed}
+    how |= {"output_padding": (0, 0), "groups": 1, "bias": layer.bias}
+    kernels = profile._Watched(extern_kernels, "extern_kernels", clock)
+    ops = profile._Watched(torch, "torch", clock).ops
+    with torch.no_grad():
+        torch.testing.assert_close(kernels.convolution(x, layer.weight, **how), y.detach())
+        ops.aten.convolution_backward.default(
+            torch.ones_like(y),
+            x,
+            layer.weight,
+            [5],
+            [2, 2],
+            [1, 1],
+            [1, 1],
+            transposed,
+            [0, 0],
+            1,
+            [True, True, True],
+        )
+    assert sum(call.flops for call in clock.calls) == counter.get_total_flops()
+    assert (clock.spent[:2] > 0).all() and not clock.spent[2:].any()
+
+
+@pytest.mark.parametrize("name", ["mm", "addmm"])
+def test_the_work_of_a_product_is_counted(name: str, extern_kernels: Any) -> None:
+    clock = profile.Clock()
+    kernels = profile._Watched(extern_kernels, "extern_kernels", clock)
+    a, b, out = torch.rand(2, 3), torch.rand(3, 4), torch.empty(2, 4)
+    if name == "mm":
+        kernels.mm(a, b, out=out)
+    else:
+        kernels.addmm(torch.zeros(2, 4), a, b, alpha=1, beta=1, out=out)
+    torch.testing.assert_close(out, a @ b)
+    moved = 4 * (6 + 12 + 8 + (8 if name == "addmm" else 0))
+    assert clock.calls == [profile.Call("product 2x3 by 3x4", 48, moved)]
+
+
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (["--parts", "g"], "invalid choice: 'g'"),
+        (["--parts", "h"], "invalid choice: 'h'"),
         (["--threads", "0"], "--threads must be at least 1, got 0"),
         (["--out", "nowhere"], "nowhere is not a folder"),
     ],
@@ -213,7 +300,7 @@ def test_smoke(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     (path,) = tmp_path.glob("*-smoke.json")
     parts = json.loads(path.read_text(encoding="utf-8"))["parts"]
-    assert list(parts) == list("abcdef")
+    assert list(parts) == list("abcdefg")
     for letter in "ab":
         for row in parts[letter]["tables"][0]["rows"]:
             if "missing" in row:
@@ -237,8 +324,14 @@ def test_smoke(tmp_path: Path) -> None:
     assert {"pyrovae --help", "first training step, compiled, cache empty"} <= ran["e"]
     for row in parts["f"]["tables"][0]["rows"]:
         assert all(row[key]["median"] > 0 for key in ("4/1", "4/2"))
+    for table in parts["g"]["tables"]:
+        rows = {row["name"]: row for row in table["rows"]}
+        assert any(name.startswith("product ") for name in rows)
+        assert 0 < rows["of all products"]["us"] < rows["of all calls"]["us"]
+        assert rows["of all calls"]["us"] < rows["the whole"]["us"]
+        assert not any("cpp_fused" in name for name in rows)
     for one in parts.values():
         assert one["smoke"] is True
         assert one["versions"]["torch"]
         assert one["date"]
-    assert path.with_suffix(".md").read_text(encoding="utf-8").count("\n## (") == 6
+    assert path.with_suffix(".md").read_text(encoding="utf-8").count("\n## (") == 7

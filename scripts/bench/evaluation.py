@@ -14,6 +14,7 @@ from bench.measure import Effort, Table, build, failure, faster, interleave, say
 from bench.peers import pythae_nll, torch_loop, torch_losses, torch_step
 from pyrovae import compiled_terms, evaluation, importance
 from pyrovae.evaluation import evaluate
+from pyrovae.precision import networks_in
 
 PYTHAE, PYTHAE_NO_GRAD = "pythae, get_nll", "pythae, get_nll, under no_grad"
 LOOP, OURS = "torch loop, 64 x 100", "pyrovae, evaluate"
@@ -27,17 +28,37 @@ def ours(
     vae: Any, split: Any, x: torch.Tensor, num_particles: int, precision: str = "fp32"
 ) -> Callable[[], float]:
     """`evaluate` with its chunks compiled beforehand, as 10,000 images would have them."""
-    plan = importance.plan(vae.model, vae.guide, x[:1], num_particles)
+    # What `evaluate` will choose: in its precision, and from as much memory, which moves on a GPU.
+    memory = importance._default_memory(x)
+    with networks_in(vae, precision):
+        plan = importance.plan(vae.model, vae.guide, x[:1], num_particles, memory)
     kernel = compiled_terms.CompiledTerms(
         vae.model, vae.guide, vae, x[: plan.images], plan.particles, precision=precision
     )
-    options: dict[str, Any] = {"information_images": 0, "engine": kernel, "precision": precision}
+    options: dict[str, Any] = {
+        "information_images": 0,
+        "engine": kernel,
+        "precision": precision,
+        "memory": memory,
+    }
+    asked = kernel.serves
+    served = [False]
+
+    def serves(*chunk: Any) -> bool:
+        found = asked(*chunk)
+        served[0] |= found
+        return found
+
+    kernel.serves = serves  # type: ignore[method-assign]
 
     def run() -> float:
         # What rounding moves is measured on a hundred images, whatever their number: no part of
         # what is scaled here.
         with mock.patch.object(evaluation, "_shift", lambda *args: None):
-            return evaluation.evaluate(vae, split, num_particles, **options).log_likelihood
+            found = evaluation.evaluate(vae, split, num_particles, **options).log_likelihood
+        if not served[0]:
+            raise RuntimeError("no chunk had the shape that was compiled")
+        return found
 
     return run
 

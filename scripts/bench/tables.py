@@ -13,6 +13,7 @@ PARTS = {
     "d": "memory of evaluation",
     "e": "start-up",
     "f": "how threads wait",
+    "g": "where the time goes, call by call",
 }
 
 

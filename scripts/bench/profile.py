@@ -8,6 +8,7 @@ call is given over the rate at which memory, or the caches, copy.
 """
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from types import BuiltinFunctionType, FunctionType
@@ -266,35 +267,34 @@ def purpose(call: Call, known: Sequence[tuple[str, str]] = _OF_A_STEP) -> str:
 
 
 def rates(effort: Effort) -> Rates:
-    """What this machine does at best, by two threads as all else."""
-    side, repeats = effort.of((2048, 10), (128, 1))
-
-    def best(run: Callable[[], object]) -> float:
-        seconds = []
-        for _ in range(5):
+    """What this machine does at best, by the threads of all else, asked over some seconds."""
+    side, repeats = effort.of((2048, 5), (128, 1))
+    shapes = [(side, side, side)]
+    square, copied = floors.products(shapes), effort.of(COPIED, CACHED)
+    work = {
+        "products": (functools.partial(square, repeats), repeats * floors.work(shapes)),
+        "memory": (_copies(copied, 1), 2 * copied),
+        "caches": (_copies(CACHED, 200), 2 * CACHED * 200),
+    }
+    best = dict.fromkeys(work, 0.0)
+    for _ in range(effort.of(15, 1)):  # the machine is fast and slow by turns
+        for name, (run, done) in work.items():
+            run()
             started = time.perf_counter()
             run()
-            seconds.append(time.perf_counter() - started)
-        return min(seconds)
+            best[name] = max(best[name], done / (time.perf_counter() - started))
+        time.sleep(effort.of(1.0, 0.0))
+    return Rates(**best)
 
-    square = floors.products([(side, side, side)])
-    flops = repeats * floors.work([(side, side, side)])
 
-    def copies(nbytes: int, times: int) -> float:
-        source, target = (torch.zeros(nbytes // 4) for _ in range(2))
+def _copies(nbytes: int, times: int) -> Callable[[], None]:
+    source, target = (torch.zeros(nbytes // 4) for _ in range(2))
 
-        def run() -> None:
-            for _ in range(times):
-                target.copy_(source)
+    def run() -> None:
+        for _ in range(times):
+            target.copy_(source)
 
-        run()
-        return 2 * nbytes * times / best(run)
-
-    return Rates(
-        flops / best(lambda: square(repeats)),
-        copies(effort.of(COPIED, CACHED), 1),
-        copies(CACHED, 200),
-    )
+    return run
 
 
 def profile(

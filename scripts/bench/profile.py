@@ -30,6 +30,7 @@ from pyrovae.proposals import Noise
 from pyrovae.vae import VAE
 
 MOST = 1000  # calls of one function
+TIMES, REST, SECONDS = 20, 0.05, 15.0  # of a turn, and of all of them together
 COPIED = 256 << 20  # bytes, far more than any cache holds
 CACHED = 1 << 20  # and as many as one does
 
@@ -301,7 +302,7 @@ def profile(
     title: str,
     clock: Clock,
     run: Callable[[int], object],
-    turns: int,
+    seconds: float,
     rate: Rates,
     note: str,
     beside: str = "",
@@ -312,20 +313,23 @@ def profile(
         title: of the table.
         clock: that the function's calls are timed by.
         run: of a number of times that the function is to be called.
-        turns: such runs; the first is not counted.
+        seconds: for which turns of `TIMES` calls are taken, with a rest after each, for the machine
+            is fast and slow by turns of its own; the first is not counted, two are.
         rate: of the machine.
         note: what the function is.
         beside: what the clock's time beside the function's calls is of.
     """
-    times = 20
-    found = []
-    for _ in range(turns + 1):
+    found: list[tuple[float, Any, float]] = []
+    end = time.perf_counter() + seconds
+    while len(found) < 3 or time.perf_counter() < end:
         clock.spent[:], clock.beside = 0, 0.0
         started = time.perf_counter()
-        run(times)
-        whole = 1e6 * (time.perf_counter() - started) / times
-        found.append((whole, clock.spent / times, clock.beside / times))
-    whole, spent, more = sorted(found[1:], key=lambda turn: turn[0])[turns // 2]
+        run(TIMES)
+        whole = 1e6 * (time.perf_counter() - started) / TIMES
+        found.append((whole, clock.spent / TIMES, clock.beside / TIMES))
+        time.sleep(REST)
+    ranked = sorted(found[1:], key=lambda turn: turn[0])
+    whole, spent, more = ranked[(len(ranked) - 1) // 2]
     others = {beside: more} if beside else {}
     known = _OF_A_CHUNK if beside else _OF_A_STEP
     return {"title": title, **as_rows(clock.calls, spent, whole, rate, others, known), "note": note}
@@ -401,13 +405,13 @@ def step(start: VAE, split: Split, batch: int, effort: Effort, rate: Rates, titl
         clock.calls.clear()
         watch(built._graphs[0], clock)
         note = "The compiled step, which is not recorded: its calls are made from Python."
-    return profile(title, clock, engine.run, effort.of(15, 2), rate, note)
+    return profile(title, clock, engine.run, effort.of(SECONDS, 0), rate, note)
 
 
-def chunk(vae: VAE, x: Tensor, num_particles: int, precision: str, rate: Rates) -> Table:
+def chunk(vae: VAE, x: Tensor, precision: str, effort: Effort, rate: Rates) -> Table:
     """One chunk of an evaluation, the numbers of its noise included."""
     with networks_in(vae, precision):
-        plan = importance.plan(vae.model, vae.guide, x[:1], num_particles)
+        plan = importance.plan(vae.model, vae.guide, x[:1], effort.of(5000, 200))
     x = x[: plan.images]
     kernel = compiled_terms.CompiledTerms(
         vae.model, vae.guide, vae, x, plan.particles, precision=precision
@@ -432,7 +436,8 @@ def chunk(vae: VAE, x: Tensor, num_particles: int, precision: str, rate: Rates) 
 
     with mock.patch.object(kernel, "_drawn", timed):
         words = "The compiled chunk; what no draw enters was computed before."
-        return profile(title, clock, run, 15, rate, words, "normal numbers, by one thread")
+        beside = "normal numbers, by one thread"
+        return profile(title, clock, run, effort.of(SECONDS, 0), rate, words, beside)
 
 
 def calls(effort: Effort) -> list[Table]:
@@ -461,10 +466,11 @@ def calls(effort: Effort) -> list[Table]:
     x = data.test.tensor()
     for precision in effort.of(("fp32", "bf16"), ("fp32",)):
         say(f"calls of a chunk, {precision}")
-        tables.append(chunk(start, x, effort.of(5000, 200), precision, rate))
+        tables.append(chunk(start, x, precision, effort, rate))
     told = (
-        "Of all turns of 20 calls, the one in the middle. Floors: operations over the rate of "
-        f"large squares, {rate.products / 1e9:.0f} GFLOP/s; bytes of all tensors that a call reads and "
+        f"Of all turns of {TIMES}, spread over {SECONDS:g} s or more, the one in the middle. "
+        "Floors: operations over the rate of large squares, "
+        f"{rate.products / 1e9:.0f} GFLOP/s; bytes of all tensors that a call reads and "
         f"writes over the rate of a copy in memory, {rate.memory / 1e9:.1f} GB/s, and in the "
         f"caches, {rate.caches / 1e9:.0f} GB/s (all by the same threads, at their best)."
     )

@@ -174,7 +174,7 @@ CASES = {
 
 
 def both_ways(
-    mode, objective_name, options, likelihood="bernoulli", device="cpu", make=tiny_config
+    mode, objective_name, options, likelihood="bernoulli", device="cpu", make=tiny_config, lr=1e-2
 ):
     config = make(
         objective=objective_name,
@@ -205,7 +205,7 @@ def both_ways(
     sizes = [7] * 9 + [4] + [7] * 10  # one ragged batch
     batches = [torch.randint(0, len(data.train), (n,), generator=stream) for n in sizes]
     batches = [index.to(device) for index in batches]
-    rows = [(1e-2 * (1 - i / 40), min(1.0, i / 10) if weighted else 1.0) for i in range(20)]
+    rows = [(lr * (1 - i / 40), min(1.0, i / 10) if weighted else 1.0) for i in range(20)]
     for index in (batches[0], batches[9]):
         optim.begin(1.0, 7)
         svi.prepare(index)
@@ -245,6 +245,29 @@ def test_parameters_agree_after_20_steps_of_every_objective(objective):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_parameters_agree_after_20_steps_of_every_optimiser(case):
     assert_agree(*both_ways("traced", "elbo", CASES[case]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("prior", "posterior"), sorted({(prior, posterior) for _, prior, posterior, _ in GRID})
+)
+def test_parameters_agree_after_20_steps_of_every_prior_and_posterior(prior, posterior):
+    """By small steps: at ten times the rate a flow's loss explodes, and rounding with it."""
+
+    def make(**changes):
+        return tiny_config(**settings("bernoulli", prior, posterior, "elbo") | changes)
+
+    assert_agree(*both_ways("traced", "elbo", {}, make=make, lr=1e-3))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("likelihood", cfg.NAMES["likelihood"])
+def test_parameters_agree_after_20_steps_of_every_likelihood(likelihood):
+    def make(**changes):
+        pair = settings(likelihood, "standard-normal", "mean-field", "elbo")
+        return tiny_config(**pair | changes)
+
+    assert_agree(*both_ways("traced", "elbo", {}, likelihood, make=make, lr=1e-3))
 
 
 def test_dequantised_batches_agree_too():
@@ -619,6 +642,7 @@ def compiled_svi(**options):
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_steps_of_the_queue_are_steps(monkeypatch):
     """Each with its own x and rate, some of another size, and whoever looks finds them done."""
     monkeypatch.setattr(acceleration, "_PATIENCE", 1e6)

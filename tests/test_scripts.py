@@ -39,6 +39,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return here / "runs" / "short"
 
 
+@pytest.mark.slow
 def test_evaluate_agrees_with_the_command(
     trained: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -9,7 +9,9 @@ state, the batch, the learning rate, the KL weight. The noise is made within, fr
 and the number of the step.
 """
 
+import math
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -57,8 +59,8 @@ class CompiledSVI:
     batch of an epoch, replays its traced operations one by one, or from a CUDA graph of its own.
     Before the first step, loss and gradients of the graph are held against those of ``loss``
     itself, on the same noise. A number or a switch that the programs read in Python is a constant
-    of the graph: where one changes later, `check` and `check_programs` tell, and the remedy is a
-    tensor.
+    of the graph: where one changes later, and with it loss or gradient by a thousandth, `check` and
+    `check_programs` tell, and the remedy is a tensor.
 
     Args:
         model: Pyro program with the observed sites.
@@ -249,7 +251,8 @@ class CompiledSVI:
         Raises:
             FloatingPointError: if one failed, with its number.
             NotTraceableError: if a tensor of the module was assigned anew, or frozen or released;
-                or as `check_programs`, which is asked now and then.
+                or as `check_programs`, which a single process asks now and then: the module must be
+                in the mode, train or eval, that it was traced in.
         """
         self.flush()
         self._traced.check_held()
@@ -257,7 +260,7 @@ class CompiledSVI:
         if failed:
             raise FloatingPointError(f"the loss or a gradient of step {failed} is not finite")
         self._mark()
-        if time.monotonic() >= self._look_at:
+        if self.reduce is None and time.monotonic() >= self._look_at:
             self.check_programs()
 
     def check_programs(self) -> None:
@@ -267,8 +270,17 @@ class CompiledSVI:
             NotTraceableError: if they do not, as after a number that they read has changed.
         """
         started = time.monotonic()
-        with networks_in(self._module, self.precision):
-            self._traced.check_same()
+        try:
+            with networks_in(self._module, self.precision):
+                self._traced.check_same()
+        except torch.OutOfMemoryError:  # a step that is traced takes less than one that is not
+            self._look_at = math.inf
+            warnings.warn(
+                "too little memory is left to see whether the programs are what they were when "
+                "they were traced",
+                stacklevel=2,
+            )
+            return
         ended = time.monotonic()
         self._look_at = ended + (ended - started) / _LOOKING
 
@@ -517,7 +529,12 @@ class _Step:
             way = None if options is None else compiling.compiled(traced, inputs, options)
             graphs.append(traced if way is None else way)
             with torch.no_grad(), own_streams(0):
-                out = graphs[-1](*inputs)
+                try:
+                    out = graphs[-1](*inputs)
+                except RuntimeError as error:
+                    if way is None:
+                        raise
+                    raise NotTraceableError(f"what was compiled fails: {error}") from error
             inputs = [*state, out, row]
         # Of each parameter the first moment, which follows the parameters; the last two are counts.
         first = [sum(svi._moments[:i], len(svi._params)) for i in range(len(svi._moments))]

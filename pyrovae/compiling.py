@@ -252,16 +252,28 @@ def _while_captured(
     graph: Any, mode: dict[str, Any], function: Callable[..., Tensor], inputs: Sequence[Tensor]
 ) -> Tensor:
     """What a function returns, while all that it asks of CUDA is written into a graph."""
+    device = torch.cuda.current_device()
+    generators = [*torch.cuda.default_generators][device : device + 1]
+    clean = [generator.clone_state() for generator in generators]
+    broke: RuntimeError | None = None
     try:
         with torch.cuda.graph(graph, **mode):
-            return function(*inputs)
+            try:
+                return function(*inputs)
+            except RuntimeError as error:
+                broke = error
+                raise
     except RuntimeError as error:
         # The end of a broken capture leaves torch's allocator waiting for it: no cached memory
-        # would be given back from then on, and no other graph captured.
+        # would be given back from then on, and no other graph captured. Older versions leave the
+        # generator waiting too, and it would draw nothing any more.
         with suppress(Exception):
-            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), mode["pool"])
+            torch._C._cuda_endAllocateToPool(device, mode["pool"])
+        for generator, state in zip(generators, clean, strict=True):
+            with suppress(Exception):
+                generator.graphsafe_set_state(state)
         # What the end complains of is that the capture is broken; what broke it came before.
-        raise RuntimeError(str(error.__context__ or error)) from error
+        raise RuntimeError(str(broke or error)) from error
 
 
 @contextmanager

@@ -13,8 +13,8 @@ from pyrovae.errors import InputError
 # "traced" replays the traced operations without compiling them: to look into, or for a few steps.
 ENGINES = ("auto", "svi", "compiled", "cuda-graph", "traced")
 
-# On a CPU, a first compilation takes 6 to 30 seconds, and then each step takes a quarter to three
-# quarters of its time. What repays it is steps times numbers of a step: from 1.1 to 7.9 billion of
+# On a CPU, a first compilation takes 6 to 30 seconds, and then each step takes a sixth to four
+# fifths of its time. What repays it is steps times numbers of a step: from 1.1 to 7.9 billion of
 # seven networks that were measured, whose steps differ a hundredfold (benchmarks/README.md).
 REPAID_AFTER = 3e9
 

@@ -316,10 +316,10 @@ def float32_products(rounded: bool = False) -> Iterator[None]:
             torch.set_float32_matmul_precision(matmul)
         if convolutions is not None:
             torch.backends.cudnn.allow_tf32 = convolutions
-        # "none": as is said of all of torch, also when that changes.
-        of_all = _BACKENDS.fp32_precision
         for switch, was in zip(_SWITCHES, before, strict=True):
-            switch.fp32_precision = "none" if was == of_all else was
+            switch.fp32_precision = "none"  # as is said of all of torch, also when that changes
+            if switch.fp32_precision != was:
+                switch.fp32_precision = was
 
 
 def check_has_density(programs: Any) -> None:

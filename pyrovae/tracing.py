@@ -319,7 +319,7 @@ class Traced:
             if ours is not None and theirs is not None:
                 compare(f"the traced gradient of {name}", ours, theirs)
         self._verified = verified
-        self._gradient_was = float(_flat(truth).norm())
+        self._gradient_was = _norm(truth)
 
     def check_same(self) -> None:
         """See that the programs still are what `verify` held against Pyro.
@@ -334,13 +334,12 @@ class Traced:
         # Not as closely as at first: a loss may cross 0 and gradients end there, and what is left
         # of them is rounding.
         far = abs(float(loss - expected)) / (abs(float(expected)) + images)
-        zeros = [torch.zeros_like(p) for p in self.named.values()]
-        ours, theirs = (
-            _flat([z if g is None else g for g, z in zip(each, zeros, strict=True)])
-            for each in (grads, truth)
-        )
-        size = max(float(theirs.norm()), self._gradient_was)
-        turned = float((ours - theirs).norm()) / max(size, 1e-6)
+        zero = torch.zeros((), device=loss.device)  # of a parameter that is not used
+        turn = [
+            (zero if a is None else a) - (zero if b is None else b)
+            for a, b in zip(grads, truth, strict=True)
+        ]
+        turned = _norm(turn) / max(_norm(truth), self._gradient_was, 1e-6)
         if max(far, turned) > 1e-3:
             raise NotTraceableError(
                 f"the programs changed after the step was traced: on the same noise, its loss is "
@@ -369,8 +368,10 @@ class Traced:
         return loss, grads, torch.as_tensor(expected, device=x.device), truth
 
     def _by_pyro(self, x: Tensor, noise: dict[str, Tensor]) -> tuple[float, list[Tensor | None]]:
-        kept = [p.grad for p in self.named.values()]
-        for p in self.named.values():
+        # Also of parameters that somebody else trains.
+        held = {id(p): p for p in (*self.named.values(), *self._module.parameters())}.values()
+        kept = [p.grad for p in held]
+        for p in held:
             p.grad = None
         try:
             with isolated_params(), Draws(noise):
@@ -378,12 +379,14 @@ class Traced:
                 loss = self.objective.loss_and_grads(self.model, self.guide, x)
             return float(loss), [p.grad for p in self.named.values()]
         finally:
-            for p, grad in zip(self.named.values(), kept, strict=True):
+            for p, grad in zip(held, kept, strict=True):
                 p.grad = grad
 
 
-def _flat(gradients: Sequence[Tensor | None]) -> Tensor:
-    return torch.cat([g.detach().double().reshape(-1) for g in gradients if g is not None])
+def _norm(gradients: Sequence[Tensor | None]) -> float:
+    """Of all together; one by one, for there may be no room for another copy of them all."""
+    squares = [g.detach().norm(dtype=torch.float64).square() for g in gradients if g is not None]
+    return float(torch.stack(squares).sum().sqrt())
 
 
 def trace(function: Callable[..., Any], *example: Tensor) -> GraphModule:

@@ -230,6 +230,9 @@ def fit(
                 break
             last = state.epoch + 1 == epochs
             metrics = loop.end_epoch(seed, last or (state.epoch + 1) % validate_every == 0)
+            ends = last or out_of_patience(state.epoch, state.best_epoch, patience, validate_every)
+            if ends or processes.count() > 1:
+                _check_programs(loop.engine)
             done = beta * _warmup(state.step - 1, kl_warmup * steps_per_epoch)
             metrics |= {"lr": rate(state.step - 1), "kl_weight": done}
             metrics_log.append(metrics)
@@ -242,8 +245,6 @@ def fit(
                 bar.set_postfix_str(f"valid {name} {metrics[key]:.2f}")
             if callback is not None:
                 callback(metrics)
-        if isinstance(loop.engine, CompiledSVI):
-            loop.engine.check_programs()
     if stopped != "interrupted":
         if say is not None and state.epoch and loop.best is None:
             say("no validation ELBO was finite, so none was the best: these are the last weights")
@@ -268,6 +269,19 @@ def _asked_to_stop(should_stop: Callable[[], bool] | None, step: int) -> bool:
         return should_stop()
     # All must stop at the same step; to ask each other costs time, so not at each.
     return step % _ASKED_EVERY == 0 and any(processes.gather(should_stop()))
+
+
+def _check_programs(engine: SVI | CompiledSVI) -> None:
+    """See that a compiled engine's programs are those that were traced, in all processes."""
+    reason = ""
+    try:
+        if isinstance(engine, CompiledSVI):
+            engine.check_programs()
+    except NotTraceableError as error:
+        reason = str(error)
+    reason = next(filter(None, processes.gather(reason)), "")
+    if reason:
+        raise NotTraceableError(reason)
 
 
 def _engine(

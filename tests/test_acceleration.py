@@ -1527,6 +1527,47 @@ CHANGED = {
 }
 
 
+@pytest.mark.parametrize("patience", [None, 1])
+def test_what_changes_after_the_last_step_is_nobodys_business(patience):
+    """A callback's change that no step has met."""
+    vae, data = tiny_vae()
+    vae.decoder = layer = Tempered(vae.decoder)
+
+    def callback(metrics):
+        CHANGED["a number"](layer)
+
+    options = {"engine": "traced", "progress": False, "callback": callback}
+    assert fit(vae, data, epochs=1, patience=patience, **options).stopped == "epochs"
+
+
+def test_a_look_leaves_gradients_that_are_not_its_own():
+    vae, data = tiny_vae()
+    vae.eval()  # in which Pyro says nothing of parameters that are constants here
+    trained = dict(vae.decoder.named_parameters())
+    svi = traced_svi(vae, WholeModelOptimizer(trained.items()), split=data.train)
+    others = [p for n, p in vae.named_parameters() if not n.startswith("decoder.")]
+    for p in others:
+        p.grad = torch.ones_like(p)
+    svi.step(torch.arange(6))
+    svi.check_programs()
+    assert others and all(torch.equal(p.grad, torch.ones_like(p)) for p in others)
+    assert all(p.grad is None for p in trained.values())
+
+
+def test_a_look_for_which_there_is_no_memory_is_left_out_and_says_so(monkeypatch):
+    vae, data = tiny_vae()
+    svi = traced_svi(vae, WholeModelOptimizer(vae.named_parameters()), split=data.train)
+    svi.step(torch.arange(6))
+
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Traced, "check_same", full)
+    with pytest.warns(UserWarning, match="too little memory is left"):
+        svi.check()
+    svi.check()  # once
+
+
 @pytest.mark.parametrize("what", CHANGED)
 def test_what_python_holds_cannot_change_unseen(what):
     """A traced step has it as a constant; SVI follows it."""
@@ -1690,7 +1731,8 @@ def test_a_capture_that_fails_leaves_everything_as_it_was(monkeypatch):
         waited.clear()
 
 
-def test_a_broken_capture_says_what_broke_it_and_frees_the_allocator(monkeypatch):
+@pytest.mark.parametrize("ends_badly", [True, False])
+def test_a_broken_capture_says_what_broke_it_and_frees_the_allocator(monkeypatch, ends_badly):
     """Torch's own end of it says only that there was an error, and leaves its pool open."""
     asked, ended = [], []
 
@@ -1702,18 +1744,30 @@ def test_a_broken_capture_says_what_broke_it_and_frees_the_allocator(monkeypatch
             pass
 
         def __exit__(self, *_):
-            raise RuntimeError("operation failed due to a previous error during capture")
+            if ends_badly:
+                raise RuntimeError("operation failed due to a previous error during capture")
+
+    class Generator:
+        def clone_state(self):
+            return "clean"
+
+        def graphsafe_set_state(self, state):
+            ended.append(state)
 
     def breaks(x):
-        raise RuntimeError("operation not permitted when stream is capturing")
+        try:
+            raise KeyError("of another matter")
+        except KeyError:
+            raise RuntimeError("operation not permitted when stream is capturing")  # noqa: B904
 
     monkeypatch.setattr(torch.cuda, "graph", Capture)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "default_generators", (None, None, None, Generator()))
     monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda *pool: ended.append(pool))
     options = {"pool": (7, 1), "capture_error_mode": "thread_local"}
     with pytest.raises(RuntimeError, match=r"^operation not permitted when stream is capturing$"):
         compiling._while_captured(object(), options, breaks, [torch.zeros(1)])
-    assert asked == [options] and ended == [(3, (7, 1))]
+    assert asked == [options] and ended == [(3, (7, 1)), "clean"]
 
 
 def test_a_step_that_cannot_be_compiled_is_captured_as_it_was_traced(monkeypatch, inductor):

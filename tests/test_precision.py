@@ -12,6 +12,8 @@ from pyrovae.precision import networks_in, stands
 
 SWITCHES = {
     "all": torch.backends,
+    "all of CUDA": torch.backends.cudnn,
+    "all of oneDNN": torch.backends.mkldnn,
     "matmul": torch.backends.cuda.matmul,
     "matmul by oneDNN": torch.backends.mkldnn.matmul,
     "conv": torch.backends.cudnn.conv,
@@ -45,7 +47,7 @@ def told(switches):
 @pytest.mark.parametrize("value", ["tf32", "bf16", "ieee"])
 def test_whichever_switch_was_turned_products_are_as_they_are_said_to_be(switches, which, value):
     """Torch has two sets of them, and refuses to read one where the other has been written."""
-    if value == "bf16" and "oneDNN" not in which and which != "all":
+    if value == "bf16" and "oneDNN" not in which and which != "all":  # nor for all of CUDA
         pytest.skip("torch knows it for a CPU alone")
     switches[which].fp32_precision = value
     before = told(switches)
@@ -58,12 +60,12 @@ def test_whichever_switch_was_turned_products_are_as_they_are_said_to_be(switche
     step._call = lambda *args: seen.append(told(switches)) or call(*args)
     svi.step(torch.arange(4))
     taken = seen.pop()  # on a CPU, where the switches of a GPU are not asked
-    assert {taken[name] for name in switches if "oneDNN" in name} <= {"ieee", "none"}
+    assert {taken[name] for name in switches if "by oneDNN" in name} <= {"ieee", "none"}
     traced = len(seen)
     evaluate(vae, data.test, 2, information_images=0)
     assert len(seen) > traced > 0
     for said in seen:
-        assert {said[name] for name in switches if name != "all"} == {"ieee"}
+        assert {said[name] for name in switches if not name.startswith("all")} == {"ieee"}
     for name, was in told(switches).items():
         assert was == before.get(name, was), name
     with networks_in(None, "tf32"):
@@ -71,6 +73,28 @@ def test_whichever_switch_was_turned_products_are_as_they_are_said_to_be(switche
         assert said["matmul"] == said["conv"] == said["rnn"] == "tf32"
         assert said["conv by oneDNN"] == "ieee"
     assert switches[which].fp32_precision == value
+
+
+@pytest.mark.parametrize("library", ["all of CUDA", "all of oneDNN"])
+def test_switches_of_three_levels_are_put_back(switches, library):
+    """Of all, of one library's, and of one operation of it."""
+    operations = [n for n in switches if not n.startswith("all")]
+    for single in operations:
+        for values in (
+            ("ieee", "tf32", "ieee"),
+            ("tf32", "ieee", "tf32"),
+            ("tf32", "tf32", "ieee"),
+        ):
+            for switch in switches.values():
+                switch.fp32_precision = "none"
+            for name, value in zip(("all", library, single), values, strict=True):
+                switches[name].fp32_precision = value
+            before = told(switches)
+            with networks_in(None, "fp32"):
+                said = told(switches)
+                assert {said[name] for name in operations} == {"ieee"}
+            after = told(switches)
+            assert {n: after.get(n) for n in before} == before, (single, values)
 
 
 def test_a_switch_for_all_of_torch_still_is_one_afterwards(switches):

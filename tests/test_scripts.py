@@ -22,7 +22,13 @@ def run(script: str, flags: str, here: Path) -> subprocess.CompletedProcess[str]
     return subprocess.run(
         [sys.executable, "-W", "error", str(ROOT / "scripts" / script), *shlex.split(flags)],
         cwd=here,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        # A fixture of the module comes before the one that hides CUDA.
+        env={
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+        },
         capture_output=True,
         text=True,
         check=False,

@@ -314,14 +314,14 @@ def profile(
         clock: that the function's calls are timed by.
         run: of a number of times that the function is to be called.
         seconds: for which turns of `TIMES` calls are taken, with a rest after each, for the machine
-            is fast and slow by turns of its own; the first is not counted, two are.
+            is fast and slow by turns of its own; the first is not counted, three are.
         rate: of the machine.
         note: what the function is.
         beside: what the clock's time beside the function's calls is of.
     """
     found: list[tuple[float, Any, float]] = []
     end = time.perf_counter() + seconds
-    while len(found) < 3 or time.perf_counter() < end:
+    while len(found) < 4 or time.perf_counter() < end:
         clock.spent[:], clock.beside = 0, 0.0
         started = time.perf_counter()
         run(TIMES)
@@ -462,7 +462,7 @@ def calls(effort: Effort) -> list[Table]:
         say("calls of a step, conv64")
         images = cases.coloured(1040).train
         title = "a training step, conv64, mixture of discretised logistics, batch 64"
-        tables.append(step(cases.conv_vae(), images, 64, Effort(True), rate, title))
+        tables.append(step(cases.conv_vae(), images, 64, effort, rate, title))
     x = data.test.tensor()
     for precision in effort.of(("fp32", "bf16"), ("fp32",)):
         say(f"calls of a chunk, {precision}")

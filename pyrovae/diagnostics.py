@@ -64,29 +64,44 @@ def psis(log_weights: Tensor) -> Psis:
     >>> psis(torch.zeros(100, 2)).ess.round()
     tensor([100., 100.], dtype=torch.float64)
     """
-    # A copy always, for it is written into; (B, K), for rows are sorted.
-    weights = log_weights.detach().T.to(
-        torch.float64, memory_format=torch.contiguous_format, copy=True
-    )
-    k = torch.full(weights.shape[:1], torch.nan, dtype=torch.float64, device=weights.device)
-    fits = (weights.amax(1) - weights.amin(1)) > _EQUAL
-    if weights.shape[1] >= _SMALLEST_K and fits.any():
-        k[fits], weights[fits] = _smoothed(weights[fits])
-    smoothed = torch.log_softmax(weights, 1).T
+    w = log_weights.detach().T.to(torch.float64)
+    w = (w - w.amax(1, keepdim=True)).contiguous()  # written into: none of the caller's
+    top, places = w.topk(min(len(w.T), tail_length(len(w.T)) + 1), 1)
+    k, tail = fit_tail(top, w.amin(1), len(w.T))
+    smoothed = torch.log_softmax(w.scatter_(1, places, tail), 1).T
     ess = torch.exp(-torch.logsumexp(2 * smoothed, 0))
     return Psis(k, ess, smoothed)
 
 
-def _smoothed(log_weights: Tensor) -> tuple[Tensor, Tensor]:
-    """k (B,) and smoothed log-weights (B, K), each row up to a constant."""
-    x = log_weights - log_weights.amax(1, keepdim=True)
-    k = torch.full_like(x[:, 0], torch.inf)
-    tail = math.ceil(min(x.shape[1] / 5, 3 * x.shape[1] ** 0.5))
-    top, places = x.topk(tail + 1, 1)
+def tail_length(num_particles: int) -> int:
+    """How many of K weights are the tail: ceil(min(K / 5, 3 sqrt(K)))."""
+    return math.ceil(min(num_particles / 5, 3 * num_particles**0.5))
+
+
+def fit_tail(top: Tensor, lowest: Tensor, num_particles: int) -> tuple[Tensor, Tensor]:
+    """k (B,) and the smoothed values of the largest log-weights, in their order.
+
+    Args:
+        top: (B, tail_length(K) + 1) the largest, descending, less the first of them.
+        lowest: (B,) the smallest, less the same.
+        num_particles: K.
+    """
+    k = torch.full_like(lowest, torch.nan)
+    smoothed = top.clone()
+    fits = lowest < -_EQUAL
+    if num_particles >= _SMALLEST_K and fits.any():
+        k[fits], smoothed[fits] = _smoothed(top[fits])
+    return k, smoothed
+
+
+def _smoothed(top: Tensor) -> tuple[Tensor, Tensor]:
+    """k (B,) and the smoothed values of ``top`` (B, n + 1), descending from 0."""
+    k = torch.full_like(top[:, 0], torch.inf)
+    smoothed = top.clone()
     cutoff = top[:, -1:].clamp(min=_SMALLEST)
     # Weights that equal the cutoff are none of the tail, nor those that vanish.
     lengths = (top > cutoff).sum(1)
-    at_once = _AT_ONCE.get(x.device.type, _AT_ONCE["cpu"])
+    at_once = _AT_ONCE.get(top.device.type, _AT_ONCE["cpu"])
     for length in lengths.unique().tolist():
         if length < _SMALLEST_TAIL:
             continue
@@ -97,10 +112,10 @@ def _smoothed(log_weights: Tensor) -> tuple[Tensor, Tensor]:
             shape, scale = _pareto(ascending, grid)
             # Where the fit overflows, next to nothing lies beside a few weights: not to be trusted.
             k[rows] = shape.nan_to_num(nan=torch.inf, posinf=torch.inf)
-            values = (_quantiles(length, shape, scale) + floor).log().clamp(max=0)
-            kept = torch.where(values.isfinite(), values, top[rows, :length].flip(1))
-            x[rows.unsqueeze(1), places[rows, :length].flip(1)] = kept
-    return k, x
+            values = (_quantiles(length, shape, scale) + floor).log().clamp(max=0).flip(1)
+            kept = torch.where(values.isfinite(), values, top[rows, :length])
+            smoothed[rows, :length] = kept
+    return k, smoothed
 
 
 def _grid_size(length: int) -> int:

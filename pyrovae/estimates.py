@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from pyrovae import importance
-from pyrovae.diagnostics import psis
-from pyrovae.importance import GUIDE, LogTerms, log_mean_exp
+from pyrovae.accumulators import LogWeights, rows_kept
+from pyrovae.importance import GUIDE, LogTerms
 from pyrovae.proposals import PARTICLE_BLOCK, Proposal
 
-# Log-weights whose diagnostics are computed together: 2 MB for each copy of them on a CPU.
+# Log-weights that are looked at together: 2 MB for each copy of them on a CPU.
 _NUMBERS_AT_ONCE = {"cpu": 250_000, "cuda": 4_000_000}
 
 
@@ -86,24 +86,20 @@ def estimate(
     )
     importance.check_particles(num_particles)
     of_guide = _GuideSums(importance.latent_mean(guide, x), x.device)
-    # One block for all: small tensors kept from every chunk would keep the allocator from giving
-    # the large ones between them back.
-    log_w = torch.empty(num_particles, len(x), dtype=x.dtype, device=x.device)
-    done = 0
+    # Taking them in makes a few copies: of a few images at a time.
+    at_once = _NUMBERS_AT_ONCE.get(x.device.type, _NUMBERS_AT_ONCE["cpu"])
+    few = max(1, at_once // rows_kept(num_particles))
+    weights = [LogWeights(num_particles, len(part), x.device) for part in x.split(few)]
     for terms in draws(num_particles, proposal=proposal):
-        chunk_w = terms.log_weights
-        log_w[done : done + len(chunk_w)] = chunk_w
-        done += len(chunk_w)
+        for images, part in zip(weights, terms.log_weights.split(few, 1), strict=True):
+            images.add(part)
         if proposal == GUIDE:
             of_guide.add(terms)
     if proposal != GUIDE:
         for terms in draws(min(num_particles, PARTICLE_BLOCK)):
             of_guide.add(terms)
-    # Diagnostics make a dozen copies of the weights; of a few images at a time, whatever K is.
-    at_once = _NUMBERS_AT_ONCE.get(x.device.type, _NUMBERS_AT_ONCE["cpu"])
-    few = log_w.split(max(1, at_once // num_particles), 1)
-    columns = zip(*(_of_weights(part.double()) for part in few), strict=True)
-    log_likelihood, k, ess, error, smoothed, curve = (torch.cat(column) for column in columns)
+    columns = zip(*(part.summary() for part in weights), strict=True)
+    log_likelihood, error, k, ess, smoothed, curve = (torch.cat(column) for column in columns)
     mean, mean_error = of_guide.posterior_mean()
     found = PerImage(
         log_likelihood=log_likelihood,
@@ -121,19 +117,6 @@ def estimate(
     )
     # Copied to the CPU once a batch: chunks wait for nobody.
     return PerImage(*(values.cpu() for values in found))
-
-
-def _of_weights(log_w: Tensor) -> tuple[Tensor, ...]:
-    """What the log-weights (K, B) tell: log p(x), k, effective size, error, smoothed, curve."""
-    k, ess, smoothed = psis(log_w)
-    return (
-        log_mean_exp(log_w),
-        k,
-        ess,
-        delta_error(log_w),
-        smoothed_log_mean_exp(log_w, smoothed),
-        bounds(log_w),
-    )
 
 
 class _GuideSums:
@@ -171,64 +154,3 @@ class _GuideSums:
 
 def _sum(values: Tensor) -> Tensor:
     return values.sum(0, dtype=torch.float64)
-
-
-def delta_error(log_weights: Tensor) -> Tensor:
-    """Standard error of log((1/K) sum_k w_k) by the delta method, (B,); NaN for K = 1.
-
-    ``sqrt(var(w) / K) / mean(w)``. To the same order, the expectation of the estimate lies half
-    the square of it below log p(x). Draws that take turns in a mixture vary less than this says.
-
-    Args:
-        log_weights: (K, B), in nats.
-
-    >>> delta_error(torch.tensor([[0.0], [math.log(3.0)]], dtype=torch.float64))
-    tensor([0.5000], dtype=torch.float64)
-    """
-    w = torch.exp(log_weights - log_weights.amax(0))
-    if len(w) == 1:
-        return torch.full_like(w[0], math.nan)
-    return w.std(0) / w.mean(0) / math.sqrt(len(w))
-
-
-def curve_sizes(num_particles: int) -> list[int]:
-    """K' = 1, 10, 100, ... below K, and K itself.
-
-    >>> curve_sizes(5000)
-    [1, 10, 100, 1000, 5000]
-    """
-    sizes = [1]
-    while 10 * sizes[-1] < num_particles:
-        sizes.append(10 * sizes[-1])
-    return sizes if num_particles == 1 else [*sizes, num_particles]
-
-
-def bounds(log_weights: Tensor) -> Tensor:
-    """The importance-weighted bound at every size of the curve, (B, len(curve_sizes(K))).
-
-    At K' it is the mean, over disjoint groups of K' of the K draws, of ``log (1/K') sum_k w_k``:
-    an unbiased estimate of the bound with K' draws. Each size rises above the one before, in every
-    column, if it is a multiple of it and divides K: both means are then over the same draws.
-
-    Args:
-        log_weights: (K, B), in nats.
-    """
-    values, rows = log_weights, []
-    for size in curve_sizes(len(log_weights))[:-1]:
-        if size > 1:
-            groups = len(values) // 10
-            values = log_mean_exp(values[: 10 * groups].unflatten(0, (groups, 10)), 1)
-        rows.append(values.mean(0))
-    return torch.stack([*rows, log_mean_exp(log_weights)], -1)
-
-
-def smoothed_log_mean_exp(log_weights: Tensor, smoothed: Tensor) -> Tensor:
-    """log of the mean of Pareto-smoothed weights, on the scale of the raw ones: (B,).
-
-    Args:
-        log_weights: (K, B), in nats.
-        smoothed: (K, B) the same weights after smoothing, which sum to one.
-    """
-    # At most the largest fifth of the weights was changed before all were divided by their sum:
-    # the median ratio is that of an unchanged weight, and it is the sum.
-    return torch.nanmedian(log_weights - smoothed, 0).values - math.log(len(log_weights))

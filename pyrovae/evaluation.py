@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from pyrovae import compiled_terms, importance, processes
+from pyrovae.accumulators import curve_sizes
 from pyrovae.data import Split
 from pyrovae.errors import InputError
-from pyrovae.estimates import PerImage, curve_sizes, delta_error, estimate
+from pyrovae.estimates import PerImage, estimate
 from pyrovae.importance import GUIDE
 from pyrovae.information import Information, information
 from pyrovae.precision import check_rounds, networks_in
@@ -25,7 +26,6 @@ __all__ = [
     "Shift",
     "active_units",
     "bits_per_dim",
-    "delta_error",
     "estimate",
     "evaluate",
 ]

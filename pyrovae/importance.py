@@ -15,6 +15,7 @@ from pyro import poutine
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pyrovae.accumulators import rows_kept
 from pyrovae.errors import InputError
 from pyrovae.proposals import (
     IMAGE_BLOCK,
@@ -355,8 +356,8 @@ def plan(
     particles = min(num_particles, max(1, rows // IMAGE_BLOCK), 4 * PARTICLE_BLOCK)
     if particles > PARTICLE_BLOCK:
         particles -= particles % PARTICLE_BLOCK
-    # The log-weights of a whole batch are kept for the diagnostics: bound those too.
-    images = min(rows // particles, max(1, memory // (16 * num_particles)), 16384)
+    # Some log-weights of a whole batch are kept for the diagnostics: bound those too.
+    images = min(rows // particles, max(1, memory // (16 * rows_kept(num_particles))), 16384)
     images = max(1, images)
     if images > IMAGE_BLOCK:
         images -= images % IMAGE_BLOCK

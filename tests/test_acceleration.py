@@ -49,7 +49,8 @@ needs_compiler = pytest.mark.skipif(not compiling.has_compiler(), reason="needs 
 @pytest.fixture
 def inductor():
     """Of torch, the module with the function that compiles; importing it turns warnings on."""
-    from torch._inductor import compile_fx
+    with compiling.quiet_compiler():
+        from torch._inductor import compile_fx
 
     return compile_fx
 

@@ -1,7 +1,7 @@
 """What K log-weights tell of each image, from a stream of them of which few are kept.
 
-Sums for the mean, its error and the curve of bounds; the largest few, whose tail is fitted. Their
-number grows with the square root of K: 215 of 5,000, 950 of 100,000.
+Sums, for the mean, its error and the curve of bounds; the largest, 214 of 5,000 or 950 of 100,000,
+whose tail is fitted; and up to 4,096 that came last and wait to be looked at.
 """
 
 import math
@@ -10,9 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyrovae.diagnostics import fit_tail, tail_length
+from pyrovae.diagnostics import fit_tail, largest_needed
 
-# New log-weights that wait together: sorting out the largest costs as much for fewer.
+# To take some in costs some seventy operations and a search for the largest, and what waits costs
+# its memory.
 _WAITING = 4096
 
 
@@ -56,36 +57,45 @@ class LogWeights:
         self, num_particles: int, num_images: int, device: torch.device | str = "cpu"
     ) -> None:
         self.num_particles = num_particles
-        self.count = 0
-        """Log-weights that the sums contain."""
-        self._largest = _largest(num_particles)
+        self.num_images = num_images
+        self._count = 0  # of those that the sums contain
         # A row an image: the largest so far, and what came since, in order. One block for all:
         # small tensors kept from every chunk would keep the allocator from giving the large ones
         # between them back.
-        rows = rows_kept(num_particles)
-        self._block = torch.empty(num_images, rows, dtype=torch.float64, device=device)
+        self._block: Tensor | None = None
         self._kept = self._filled = 0
         nothing = torch.zeros(num_images, dtype=torch.float64, device=device)
         self._peak, self._lowest = nothing - math.inf, nothing + math.inf
         # Of w / exp(reference), the reference being the peak, or 0 where that is not finite.
         self._reference = self._mean = self._scatter = nothing
-        # Sums of such weights, and of their squares, without the largest.
-        self._rest = self._rest_squared = nothing
+        # Logarithms of the sums of all weights but the largest, and of their squares: where the
+        # largest are smoothed away, these may lie hundreds of nats below the peak.
+        self._rest = self._rest_squared = nothing - math.inf
         self._curve = _Curve(len(curve_sizes(num_particles)) - 1)
 
     def add(self, log_weights: Tensor) -> None:
-        """Add the next draws, (k, B), in nats.
+        """Add the next draws, (k, B), in nats; all are kept in the type of the first.
 
         Raises:
-            ValueError: for more than ``num_particles`` in all.
+            ValueError: for another number of images, or more than ``num_particles`` in all.
         """
-        if self.count + self._filled - self._kept + len(log_weights) > self.num_particles:
+        if log_weights.shape[1] != self.num_images:
+            raise ValueError(
+                f"expected log-weights of {self.num_images} images; got {log_weights.shape[1]}"
+            )
+        if self._count + self._filled - self._kept + len(log_weights) > self.num_particles:
             raise ValueError(f"expected {self.num_particles} log-weights an image; got more")
-        for part in log_weights.detach().split(max(1, self._block.shape[1] - self._largest)):
-            if self._filled + len(part) > self._block.shape[1]:
-                self._absorb()
+        if self._block is None:
+            shape = self.num_images, rows_kept(self.num_particles)
+            self._block = log_weights.new_empty(shape)
+        left = log_weights.detach()
+        while len(left) > 0:
+            if self._filled == self._block.shape[1]:
+                self._absorb(self._block)
+            part = left[: self._block.shape[1] - self._filled]
             self._block[:, self._filled : self._filled + len(part)] = part.T
             self._filled += len(part)
+            left = left[len(part) :]
 
     def summary(self) -> WeightSummary:
         """What they tell, once all are in.
@@ -93,44 +103,42 @@ class LogWeights:
         Raises:
             ValueError: for fewer than ``num_particles``.
         """
-        self._absorb()
         k = self.num_particles
-        if self.count != k:
-            raise ValueError(f"expected {k} log-weights an image; got {self.count}")
+        if self._block is not None and self._filled > self._kept:
+            self._absorb(self._block)
+        if self._block is None or self._count != k:
+            raise ValueError(f"expected {k} log-weights an image; got {self._count}")
         log_mean = self._reference + self._mean.log()
+        # A mean that is infinite is joined with others to no number.
+        log_mean = torch.where(self._peak == math.inf, math.inf, log_mean)
         error = (self._scatter / (k - 1) / k).sqrt() / self._mean if k > 1 else log_mean * math.nan
-        reference = self._reference.unsqueeze(1)
-        shape, tail = fit_tail(
-            self._block[:, : self._kept] - reference, self._lowest - self._peak, k
-        )
-        tail = tail.exp()
-        total = self._rest + tail.sum(1)
+        pareto_k, tail = fit_tail(self._block[:, : self._kept].double(), self._lowest, k)
+        total = torch.logaddexp(self._rest, torch.logsumexp(tail, 1))
+        squared = torch.logaddexp(self._rest_squared, torch.logsumexp(2 * tail, 1))
         return WeightSummary(
             log_mean=log_mean,
             error=error,
-            pareto_k=shape,
-            ess=total**2 / (self._rest_squared + (tail**2).sum(1)),
-            smoothed_log_mean=self._reference + (total / k).log(),
+            pareto_k=pareto_k,
+            ess=torch.exp(2 * total - squared),
+            smoothed_log_mean=total - math.log(k),
             bounds=torch.stack([*self._curve.means(), log_mean], 1),
         )
 
-    def _absorb(self) -> None:
+    def _absorb(self, block: Tensor) -> None:
         """Take what waits into the sums, and keep the largest of all."""
-        new = self._block[:, self._kept : self._filled]
-        if new.shape[1] == 0:
-            return
+        values = block[:, : self._filled].double()
+        new = values[:, self._kept :]
         self._curve.add(new)
         self._lowest = torch.minimum(self._lowest, new.amin(1))
         shrink = self._raise_peak(new.amax(1))
-        values = self._block[:, : self._filled]
-        weights = (values - self._reference.unsqueeze(1)).exp()
-        self._add_moments(weights[:, self._kept :], shrink)
-        kept, places = values.topk(min(self._largest, self._filled), 1)
-        weights.scatter_(1, places, 0.0)
-        self._rest = self._rest * shrink + weights.sum(1)
-        self._rest_squared = self._rest_squared * shrink**2 + (weights**2).sum(1)
+        self._add_moments((new - self._reference.unsqueeze(1)).exp(), shrink)
+        kept, places = values.topk(min(largest_needed(self.num_particles), self._filled), 1)
+        rest = values.scatter(1, places, -math.inf)
+        self._rest = torch.logaddexp(self._rest, torch.logsumexp(rest, 1))
+        self._rest_squared = torch.logaddexp(self._rest_squared, torch.logsumexp(2 * rest, 1))
+        # Last, for ``values`` may be a view of the block.
         self._kept = self._filled = kept.shape[1]
-        self._block[:, : self._kept] = kept
+        block[:, : self._kept] = kept
 
     def _raise_peak(self, peak: Tensor) -> Tensor:
         """Let no weight be above the reference; the factor by which all sums become smaller."""
@@ -148,22 +156,10 @@ class LogWeights:
         scatter = ((weights - mean.unsqueeze(1)) ** 2).sum(1)
         own_mean, own_scatter = self._mean * shrink, self._scatter * shrink**2
         apart = mean - own_mean
-        total = self.count + more
+        total = self._count + more
         self._mean = own_mean + apart * (more / total)
-        self._scatter = own_scatter + scatter + apart**2 * (self.count * more / total)
-        self.count = total
-
-
-def summarise(log_weights: Tensor) -> WeightSummary:
-    """What log-weights (K, B) tell that are all there, in nats.
-
-    >>> summarise(torch.tensor([[0.0], [math.log(3.0)]])).error
-    tensor([0.5000], dtype=torch.float64)
-    """
-    num_particles, num_images = log_weights.shape
-    stream = LogWeights(num_particles, num_images, log_weights.device)
-    stream.add(log_weights)
-    return stream.summary()
+        self._scatter = own_scatter + scatter + apart**2 * (self._count * more / total)
+        self._count = total
 
 
 def curve_sizes(num_particles: int) -> list[int]:
@@ -179,12 +175,8 @@ def curve_sizes(num_particles: int) -> list[int]:
 
 
 def rows_kept(num_particles: int) -> int:
-    """How many log-weights of an image are held at once, eight bytes each."""
-    return min(num_particles, _largest(num_particles) + _WAITING)
-
-
-def _largest(num_particles: int) -> int:
-    return min(num_particles, tail_length(num_particles) + 1)
+    """How many log-weights of an image are held at once."""
+    return min(num_particles, largest_needed(num_particles) + _WAITING)
 
 
 class _Curve:

@@ -64,33 +64,35 @@ def psis(log_weights: Tensor) -> Psis:
     >>> psis(torch.zeros(100, 2)).ess.round()
     tensor([100., 100.], dtype=torch.float64)
     """
-    w = log_weights.detach().T.to(torch.float64)
-    w = (w - w.amax(1, keepdim=True)).contiguous()  # written into: none of the caller's
-    top, places = w.topk(min(len(w.T), tail_length(len(w.T)) + 1), 1)
+    # A copy always, for it is written into; (B, K), for rows are sorted.
+    w = log_weights.detach().T.to(torch.float64, memory_format=torch.contiguous_format, copy=True)
+    top, places = w.topk(largest_needed(len(w.T)), 1)
     k, tail = fit_tail(top, w.amin(1), len(w.T))
     smoothed = torch.log_softmax(w.scatter_(1, places, tail), 1).T
     ess = torch.exp(-torch.logsumexp(2 * smoothed, 0))
     return Psis(k, ess, smoothed)
 
 
-def tail_length(num_particles: int) -> int:
-    """How many of K weights are the tail: ceil(min(K / 5, 3 sqrt(K)))."""
-    return math.ceil(min(num_particles / 5, 3 * num_particles**0.5))
+def largest_needed(num_particles: int) -> int:
+    """How many of K weights a fit looks at: ceil(min(K / 5, 3 sqrt(K))) and the one below them."""
+    return min(num_particles, math.ceil(min(num_particles / 5, 3 * num_particles**0.5)) + 1)
 
 
 def fit_tail(top: Tensor, lowest: Tensor, num_particles: int) -> tuple[Tensor, Tensor]:
     """k (B,) and the smoothed values of the largest log-weights, in their order.
 
     Args:
-        top: (B, tail_length(K) + 1) the largest, descending, less the first of them.
-        lowest: (B,) the smallest, less the same.
+        top: (B, largest_needed(K)), descending, float64.
+        lowest: (B,) the smallest of all.
         num_particles: K.
     """
     k = torch.full_like(lowest, torch.nan)
     smoothed = top.clone()
-    fits = lowest < -_EQUAL
+    fits = top[:, 0] - lowest > _EQUAL
     if num_particles >= _SMALLEST_K and fits.any():
-        k[fits], smoothed[fits] = _smoothed(top[fits])
+        peak = top[fits, :1].nan_to_num(posinf=0.0)
+        k[fits], relative = _smoothed(top[fits] - peak)
+        smoothed[fits] = relative + peak
     return k, smoothed
 
 

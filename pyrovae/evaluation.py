@@ -475,7 +475,7 @@ def _summarise(
         pareto_k_median=float(known.median()) if len(known) else None,
         pareto_k_above_0_7=float((known > TRUSTED_K).double().mean()) if len(known) else None,
         ess_median=float(images.ess.median()),
-        trust=_trust(images.pareto_k, num_particles),
+        trust=_trust(images, num_particles),
         precision=precision,
         precision_shift=shift,
         device=device,
@@ -485,9 +485,16 @@ def _summarise(
     )
 
 
-def _trust(pareto_k: Tensor, num_particles: int) -> str:
+def _trust(images: PerImage, num_particles: int) -> str:
     """A sentence on the share of images whose weights have a light enough tail."""
+    pareto_k = images.pareto_k
     known = pareto_k[~torch.isnan(pareto_k)]
+    lost = int((~images.log_likelihood.isfinite()).sum())
+    if lost > 0:
+        return (
+            f"log p(x) is no finite number for {lost:,} of {len(pareto_k):,} images: the model "
+            "gives them no density, or a number overflowed; per_image.log_likelihood says which"
+        )
     if num_particles < SMALLEST_K:
         return (
             f"nothing is known of the weights' tails: Pareto k needs {SMALLEST_K} draws; raise "

@@ -356,7 +356,7 @@ def plan(
     particles = min(num_particles, max(1, rows // IMAGE_BLOCK), 4 * PARTICLE_BLOCK)
     if particles > PARTICLE_BLOCK:
         particles -= particles % PARTICLE_BLOCK
-    # Some log-weights of a whole batch are kept for the diagnostics: bound those too.
+    # Of each image some log-weights are held, and copies of them in float64: bound those too.
     images = min(rows // particles, max(1, memory // (16 * rows_kept(num_particles))), 16384)
     images = max(1, images)
     if images > IMAGE_BLOCK:

@@ -4,8 +4,10 @@ import math
 
 import pytest
 import torch
+from tiny import tiny_vae
 
-from pyrovae.accumulators import LogWeights, curve_sizes, rows_kept, summarise
+from pyrovae import accumulators, estimates, importance
+from pyrovae.accumulators import LogWeights, curve_sizes, rows_kept
 from pyrovae.diagnostics import psis
 from pyrovae.importance import log_mean_exp
 
@@ -26,7 +28,7 @@ def test_monte_carlo_error_and_bias_are_those_of_many_repetitions():
     k, replicates = 100, 20_000
     log_w = gaussian_weights(k, replicates, scale=2.0)
     estimates = log_mean_exp(log_w)
-    error = summarise(log_w).error
+    error = streamed(log_w, k).error
     spread = float(estimates.std())
     assert float(error.mean()) == pytest.approx(spread, rel=0.02)
     expected = math.sqrt(relative_variance(2.0, 2) / k)
@@ -75,21 +77,118 @@ def assert_equal_to_the_formulas(log_w, cut, tolerance=1e-9):
         )
 
 
-ORDERS = {
+def dominated(w):
+    """One weight above all others by hundreds of nats, and of another image three and five."""
+    w = w.clone()
+    for image, count in enumerate((1, 3, 5)):
+        w[-count:, image] += 800.0
+    return w
+
+
+CASES = {
     "as drawn": lambda w: w,
     "rising": lambda w: w.sort(0).values,
     "falling": lambda w: w.sort(0, descending=True).values,
     "rising by much": lambda w: w + torch.linspace(0, 3000, len(w)).double().unsqueeze(1),
+    "300 nats apart": lambda w: 300 * w,
+    "700 nats apart": lambda w: 700 * w,
+    "3000 nats apart": lambda w: 3000 * w,
+    "dominated": dominated,
+    "tied": lambda w: w.round(),
 }
 
 
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("cut", [1, 192, 5000, 30_000])
-@pytest.mark.parametrize("k", [1, 2, 24, 25, 4294, 4295, 30_000])
-def test_in_pieces_as_all_at_once(k, cut, order):
-    if cut == 1 and k > 25:
-        pytest.skip("a minute")
-    assert_equal_to_the_formulas(ORDERS[order](gaussian_weights(k, 5, scale=0.7) - 1000), cut)
+@pytest.fixture(params=[8, 700, 4096])
+def waiting(request, monkeypatch):
+    """How many log-weights are taken in together."""
+    monkeypatch.setattr(accumulators, "_WAITING", request.param)
+    return request.param
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("k", [1, 2, 10, 24, 25, 1000])
+def test_in_pieces_as_all_at_once(waiting, k, case):
+    w = CASES[case](gaussian_weights(k, 12, scale=0.7) - 1000)
+    for cut in (1, 192, 5000):
+        assert_equal_to_the_formulas(w, cut)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("k", [4294, 4295, 30_000])
+def test_blocks_of_the_usual_size(k, case):
+    w = CASES[case](gaussian_weights(k, 5, scale=0.7) - 1000)
+    for cut in (192, 30_000):
+        assert_equal_to_the_formulas(w, cut)
+
+
+def test_float32_is_kept_as_it_is(waiting):
+    w = gaussian_weights(3000, 4, scale=0.7).float() - 600
+    ours, exact = streamed(w, 192), streamed(w.double(), 192)
+    for a, b in zip(ours, exact, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_an_estimate_takes_them_in_as_they_come(monkeypatch):
+    """Several blocks, chunks that do not divide them, and images in three groups."""
+    monkeypatch.setattr(accumulators, "_WAITING", 100)
+    monkeypatch.setitem(estimates._NUMBERS_AT_ONCE, "cpu", 2 * rows_kept(1000))
+    vae, data = tiny_vae()
+    x = data.test.tensor()[:5]
+    given = {"chunk": 96, "seed": 3}
+    found = estimates.estimate(vae.model, vae.guide, x, 1000, **given)
+    chunks = importance.chunks(vae.model, vae.guide, x, 1000, **given)
+    expected = by_the_formulas(torch.cat([terms.log_weights for terms in chunks]).double())
+    names = {
+        "log_likelihood": "log_mean",
+        "mc_error": "error",
+        "pareto_k": "pareto_k",
+        "ess": "ess",
+        "psis_log_likelihood": "smoothed_log_mean",
+        "bounds": "bounds",
+    }
+    for ours, theirs in names.items():
+        torch.testing.assert_close(
+            getattr(found, ours), expected[theirs], rtol=1e-9, atol=1e-9, msg=ours
+        )
+
+
+SIZES = {
+    1: [1],
+    2: [1, 2],
+    9: [1, 9],
+    10: [1, 10],
+    11: [1, 10, 11],
+    100: [1, 10, 100],
+    777: [1, 10, 100, 777],
+    1000: [1, 10, 100, 1000],
+    5000: [1, 10, 100, 1000, 5000],
+}
+
+
+@pytest.mark.parametrize("k", SIZES)
+def test_curve_of_bounds(waiting, k):
+    assert curve_sizes(k) == SIZES[k]
+    log_w = gaussian_weights(k, 6)
+    curve = streamed(log_w, 192).bounds
+    assert curve.shape == (6, len(SIZES[k]))
+    for size, column in zip(SIZES[k], curve.T, strict=True):
+        groups = log_w[: k // size * size].view(k // size, size, 6)
+        torch.testing.assert_close(column, log_mean_exp(groups, 1).mean(0), rtol=1e-10, atol=1e-12)
+    if k in (10, 100, 1000, 5000):  # the same draws in every mean: Jensen's inequality
+        assert (curve.diff(dim=1) >= -1e-12).all()
+
+
+def test_smoothing_changes_nothing_where_there_is_no_tail():
+    for log_w in (gaussian_weights(20, 5) - 80, torch.full((100, 2), -80.0).double()):
+        ours = streamed(log_w, 30).smoothed_log_mean
+        torch.testing.assert_close(ours, log_mean_exp(log_w), rtol=0, atol=1e-10)
+
+
+def test_smoothing_steadies_an_estimate_with_a_heavy_tail(waiting):
+    result = streamed(gaussian_weights(1000, 400, scale=0.7), 192)
+    assert float(result.pareto_k.median()) > 0.5
+    assert float(result.smoothed_log_mean.std()) < float(result.log_mean.std())
+    assert abs(float(result.smoothed_log_mean.mean())) < 3 * float(result.smoothed_log_mean.std())
 
 
 def test_what_is_kept_grows_with_the_root_of_k():
@@ -116,6 +215,8 @@ def test_neither_more_nor_fewer_than_were_announced():
     stream.add(torch.zeros(4500, 2))
     with pytest.raises(ValueError, match=r"^expected 5000 log-weights an image; got more$"):
         stream.add(torch.zeros(501, 2))
+    with pytest.raises(ValueError, match=r"^expected log-weights of 2 images; got 1$"):
+        stream.add(torch.zeros(1, 1))
     with pytest.raises(ValueError, match=r"^expected 5000 log-weights an image; got 4500$"):
         stream.summary()
 
@@ -145,12 +246,13 @@ def test_weights_that_are_all_zero_or_infinite_or_not_a_number():
     assert zero.log_mean.item() == zero.smoothed_log_mean.item() == -math.inf
     assert math.isnan(zero.error.item())
     assert math.isnan(zero.pareto_k.item())
-    for value in (math.inf, math.nan):
+    for value, name in ((math.inf, "inf"), (math.nan, "nan")):
         log_w = gaussian_weights(9000, 2)
         log_w[17, 0] = value
         ours = streamed(log_w, 300)
-        assert not math.isfinite(ours.log_mean[0].item())
+        assert str(ours.log_mean[0].item()) == str(ours.smoothed_log_mean[0].item()) == name
         assert math.isfinite(ours.log_mean[1].item())
+        assert str(ours.pareto_k[0].item()) == str(psis(log_w).pareto_k[0].item()) == name
 
 
 def test_weights_that_are_equal_at_the_end_alone():
@@ -162,8 +264,7 @@ def test_weights_that_are_equal_at_the_end_alone():
 
 def test_no_gradient_is_asked_for():
     log_w = gaussian_weights(5000, 2).requires_grad_()
-    assert not any(value.requires_grad for value in summarise(log_w))
-    assert log_w.grad_fn is None
+    assert not any(value.requires_grad for value in streamed(log_w, 300))
 
 
 @pytest.mark.gpu
@@ -171,3 +272,17 @@ def test_the_same_on_a_gpu():
     log_w = gaussian_weights(9000, 40)
     for here, there in zip(streamed(log_w, 700), streamed(log_w.cuda(), 700), strict=True):
         torch.testing.assert_close(there.cpu(), here, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.gpu
+def test_a_gpu_is_not_waited_for_before_the_end():
+    chunks = gaussian_weights(20_000, 40).cuda().split(700)
+    stream = LogWeights(20_000, 40, "cuda")
+    stream.add(chunks[0])  # what is loaded on first use
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for chunk in chunks[1:]:
+            stream.add(chunk)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert stream.summary().log_mean.isfinite().all()

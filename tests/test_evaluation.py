@@ -211,6 +211,15 @@ def test_a_plain_sentence_says_what_can_be_trusted(gaussian, widen, k, sentence)
     assert "\n" not in result.trust
 
 
+def test_images_without_a_number_are_told_before_all_else(gaussian):
+    vae, x = gaussian
+    images = evaluate(vae, split_of(x), 30).per_image
+    images.log_likelihood[:2] = torch.tensor([-math.inf, math.nan])
+    images.pareto_k[:2] = math.nan
+    sentence = evaluation._trust(images, 30)
+    assert sentence.startswith("log p(x) is no finite number for 2 of 50 images: ")
+
+
 def test_active_units():
     g = torch.Generator().manual_seed(0)
     means = torch.randn(5000, 3, generator=g, dtype=torch.float64)

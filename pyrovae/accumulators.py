@@ -133,12 +133,18 @@ class LogWeights:
         shrink = self._raise_peak(new.amax(1))
         self._add_moments((new - self._reference.unsqueeze(1)).exp(), shrink)
         kept, places = values.topk(min(largest_needed(self.num_particles), self._filled), 1)
-        rest = values.scatter(1, places, -math.inf)
-        self._rest = torch.logaddexp(self._rest, torch.logsumexp(rest, 1))
-        self._rest_squared = torch.logaddexp(self._rest_squared, torch.logsumexp(2 * rest, 1))
+        self._add_rest(values.scatter(1, places, -math.inf))
         # Last, for ``values`` may be a view of the block.
         self._kept = self._filled = kept.shape[1]
         block[:, : self._kept] = kept
+
+    def _add_rest(self, values: Tensor) -> None:
+        peak = values.amax(1).nan_to_num(nan=0.0, neginf=0.0, posinf=0.0)
+        weights = (values - peak.unsqueeze(1)).exp()
+        total = peak + weights.sum(1).log()
+        squared = 2 * peak + (weights * weights).sum(1).log()
+        self._rest = torch.logaddexp(self._rest, total)
+        self._rest_squared = torch.logaddexp(self._rest_squared, squared)
 
     def _raise_peak(self, peak: Tensor) -> Tensor:
         """Let no weight be above the reference; the factor by which all sums become smaller."""
@@ -153,7 +159,7 @@ class LogWeights:
         # all weights are nearly equal.
         more = weights.shape[1]
         mean = weights.mean(1)
-        scatter = ((weights - mean.unsqueeze(1)) ** 2).sum(1)
+        scatter = (weights - mean.unsqueeze(1)).square().sum(1)
         own_mean, own_scatter = self._mean * shrink, self._scatter * shrink**2
         apart = mean - own_mean
         total = self._count + more

@@ -40,7 +40,8 @@ from pyrovae.recording import NotRecordableError, Recording
 from pyrovae.streams import own_streams, seed_of
 from pyrovae.tracing import Draws, NotTraceableError, Plan, Traced
 
-# A look at whether the programs still are those that were traced may take such a part of the time.
+# A look at whether the programs still are those that were traced may take such a part of the time
+# that steps take.
 _LOOKING = 0.01
 # Steps that wait to be taken together: as many as take so many seconds, and at most so many.
 _LONGEST_QUEUE = 32
@@ -143,7 +144,9 @@ class CompiledSVI:
         """The losses of all steps, summed; set it to what it should start from."""
         self._averages = _averages(average, module, self._params)
         self._steps: dict[int, _Step] = {}
-        self._look_at = 0.0
+        # Seconds of steps since the last look, and how many of them are worth the next one.
+        self._stepping = self._look_after = 0.0
+        self._began = 0.0  # of the first step since the last check
         self.uncompiled = ""
         """Why the step was captured as it was traced, if it could not be compiled."""
         self._unused: list[bool] = []
@@ -232,6 +235,8 @@ class CompiledSVI:
         batches, self._queue = self._queue, []
         # Counted first: whoever interrupts a step finds it taken.
         self.count += len(batches)
+        if not self._since:
+            self._began = time.monotonic()
         self._since += batches
         loss = self._steps[len(batches[0])].run(batches, self._rows)
         after_step(self.optim.optimizer, self.count)
@@ -259,8 +264,10 @@ class CompiledSVI:
         failed = int(self._health[1])
         if failed:
             raise FloatingPointError(f"the loss or a gradient of step {failed} is not finite")
+        if self._since:
+            self._stepping += time.monotonic() - self._began
         self._mark()
-        if self.reduce is None and time.monotonic() >= self._look_at:
+        if self.reduce is None and self._stepping >= self._look_after:
             self.check_programs()
 
     def check_programs(self) -> None:
@@ -274,15 +281,14 @@ class CompiledSVI:
             with networks_in(self._module, self.precision):
                 self._traced.check_same()
         except torch.OutOfMemoryError:  # a step that is traced takes less than one that is not
-            self._look_at = math.inf
+            self._look_after = math.inf
             warnings.warn(
                 "too little memory is left to see whether the programs are what they were when "
                 "they were traced",
                 stacklevel=2,
             )
             return
-        ended = time.monotonic()
-        self._look_at = ended + (ended - started) / _LOOKING
+        self._stepping, self._look_after = 0.0, (time.monotonic() - started) / _LOOKING
 
     def failed(self) -> tuple[int, Tensor, Draws]:
         """The step that `check` complained of: its number, its x, and a handler with its noise.

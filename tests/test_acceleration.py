@@ -1608,16 +1608,48 @@ def test_what_a_tensor_holds_may_change():
     assert ends[0][2] > 1.2 * ends[0][0]  # and it tells
 
 
-def test_a_look_at_the_programs_is_taken_now_and_then():
+def test_a_look_at_the_programs_is_taken_now_and_then(monkeypatch):
+    """For a hundredth of the time that steps take, whatever else passes."""
+    now, looks = [0.0], []
+    monkeypatch.setattr(acceleration.time, "monotonic", lambda: now[0])
+    vae, data = tiny_vae()
+    svi = traced_svi(vae, WholeModelOptimizer(vae.named_parameters()), split=data.train)
+
+    def look(_):
+        looks.append(now[0])
+        now[0] += 0.25
+
+    def train(seconds):
+        svi.step(torch.arange(6))
+        now[0] += seconds
+        svi.check()
+
+    monkeypatch.setattr(Traced, "check_same", look)
+    train(1.0)
+    assert looks == [1.0]
+    now[0] += 1000.0  # an evaluation
+    train(12.0)
+    svi.check()  # of no steps
+    now[0] += 1000.0
+    train(12.0)
+    assert looks == [1.0]
+    train(1.0)
+    assert looks == [1.0, 2026.25]
+    svi.check()
+    train(24.0)
+    assert len(looks) == 2
+
+
+def test_a_look_sees_a_number_that_has_changed():
     vae, data = tiny_vae()
     vae.decoder = layer = Tempered(vae.decoder)
     svi = traced_svi(vae, WholeModelOptimizer(vae.named_parameters()), split=data.train)
     svi.step(torch.arange(6))
     svi.check()
     CHANGED["a number"](layer)
-    svi._look_at = math.inf
+    svi._look_after = math.inf
     svi.check()
-    svi._look_at = 0.0
+    svi._look_after = 0.0
     with pytest.raises(NotTraceableError, match="changed after the step was traced"):
         svi.check()
 

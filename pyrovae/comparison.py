@@ -21,7 +21,7 @@ from torch import Tensor
 import pyrovae
 from pyrovae import config as cfg
 from pyrovae import likelihoods
-from pyrovae.data import Protocol, Split
+from pyrovae.data import Protocol, Split, StreamedSplit
 from pyrovae.errors import InputError
 from pyrovae.evaluation import Evaluation, evaluate
 from pyrovae.importance import GUIDE
@@ -477,7 +477,9 @@ def run_split(
     run: Run, split: str, *, limit: int | None = None, seed: int = 0, data_root: str | None = None
 ) -> Split:
     """A split of a run's data, every x fixed: training images are sampled once, with ``seed``."""
-    part: Split = getattr(cfg.data_of(run, data_root), split)
+    part: Split | StreamedSplit = getattr(cfg.data_of(run, data_root), split)
+    if isinstance(part, StreamedSplit):
+        part = part.head(len(part) if limit is None else limit)
     if part.sampling != "fixed":
         x = part.tensor(torch.Generator().manual_seed(seed))
         part = replace(part, raw=x, levels=None, sampling="fixed")

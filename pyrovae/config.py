@@ -251,7 +251,10 @@ def load_data(config: TrainConfig) -> "Data":
         download=config.download,
         seed=config.data_seed,
         valid_size=config.valid_size,
+        test_size=config.test_size,
         image_size=config.image_size,
+        stream=config.stream,
+        workers=config.workers,
     )
 
 

@@ -5,10 +5,11 @@ carries its ``Protocol``, and two numbers are compared only where their protocol
 """
 
 import difflib
-import hashlib
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyrovae import counters, sources, sprites
+from pyrovae import counters, sources, sprites, streaming
 from pyrovae.errors import InputError
 from pyrovae.sources import Source
 
@@ -152,11 +153,15 @@ class Split:
     def batch(self, index: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """The x at ``index`` ``(n,)``; drawn anew from ``generator`` unless the split is fixed."""
         # index_select: fifteen times faster than raw[index] on a CPU.
-        return self._values(self.raw.index_select(0, index), generator)
+        return self.drawn(self.raw.index_select(0, index), generator)
+
+    def read(self, batches: Sequence[Tensor]) -> Iterator[Tensor]:
+        """What `drawn` takes, for each of the indices ``(n,)`` in turn: ``(n, *x_shape)``."""
+        return (self.raw.index_select(0, index) for index in batches)
 
     def tensor(self, generator: torch.Generator | None = None) -> Tensor:
         """All x, ``(N, *x_shape)``: the same on every call, unless ``sampling`` is not fixed."""
-        return self._values(self.raw, generator)
+        return self.drawn(self.raw, generator)
 
     def head(self, n: int) -> "Split":
         """The first ``n`` images as a split, whose protocol says so. Raises InputError if n < 1."""
@@ -202,15 +207,91 @@ class Split:
             return (u < x).to(x.dtype)
         return x
 
-    def _values(self, raw: Tensor, generator: torch.Generator | None) -> Tensor:
-        if self.sampling == "uniform":
-            cell = torch.randint(0, _CELLS, raw.shape, generator=generator, device=raw.device)
-            return _dequantized(raw, cell, self.levels or 0)
-        x = raw if self.levels is None else raw.to(torch.float32).div_(self.levels)
-        if self.sampling == "bernoulli":
-            u = torch.rand(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-            return (u < x).to(x.dtype)
-        return x
+    def drawn(self, raw: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """The x of ``raw`` levels, drawn from ``generator`` unless the split is fixed."""
+        return _drawn(raw, self.levels, self.sampling, generator)
+
+
+@dataclass(frozen=True, eq=False)
+class StreamedSplit:
+    """Training images that stay on disk, given out as those of a `Split` are.
+
+    The same images at the same places, and the same x from the same ``generator``; but nothing is
+    held, so there is no ``raw``. ``read`` hands out whole epochs by the processes of a
+    `torch.utils.data.DataLoader`, ``batch`` reads in this one.
+
+    images: all of the source, of which these are the ``rows``, on ``levels`` = L. cut: x is 1 where
+    k/L > 1/2. found: the levels that occur in the source. workers: processes that read ahead.
+    """
+
+    name: str
+    protocol: Protocol
+    images: streaming.Images
+    levels: int
+    rows: Tensor
+    found: Tensor
+    sampling: Literal["fixed", "bernoulli", "uniform"] = "fixed"
+    cut: bool = False
+    workers: int = 0
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __repr__(self) -> str:
+        return (
+            f"<{self.name}: {len(self):,} x of shape {self.x_shape}, left on disk; {self.protocol}>"
+        )
+
+    @property
+    def x_shape(self) -> tuple[int, ...]:
+        """The shape of one x: (C, H, W) or (F,)."""
+        return tuple(self.images.shape[1:])
+
+    def read(self, batches: Sequence[Tensor]) -> Iterator[Tensor]:
+        """What `drawn` takes, for each of the indices ``(n,)`` in turn: ``(n, *x_shape)``.
+
+        Raises InputError for an image that cannot be read any more.
+        """
+        rows = [self.rows[index.cpu()].numpy() for index in batches]
+        return streaming.fetch(self.images, rows, self.workers)
+
+    def drawn(self, raw: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """The x of ``raw`` levels, drawn from ``generator`` unless the split is fixed."""
+        if self.cut:
+            return (raw > self.levels / 2).to(torch.float32)
+        return _drawn(raw, self.levels, self.sampling, generator)
+
+    def batch(self, index: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """The x at ``index`` ``(n,)``; drawn anew from ``generator`` unless the split is fixed."""
+        rows = self.rows[index.cpu()].numpy()
+        return self.drawn(torch.from_numpy(self.images[rows]), generator)
+
+    def every_level(self) -> Tensor:
+        """Some x that have all the values that any x of this split can have, ``(n, *x_shape)``."""
+        shape = self.x_shape
+        size = math.prod(shape)
+        count = -(-len(self.found) // size)
+        return self.drawn(self.found.repeat(size)[: count * size].reshape(count, *shape))
+
+    def head(self, n: int) -> Split:
+        """The first ``n`` images, held. Raises InputError if n < 1, or if they do not fit."""
+        if n < 1:
+            raise InputError(f"expected at least 1 image; got {n}. Give --limit 1 or more.")
+        rows, levels, what = self.rows[:n], self.levels, f"{self.protocol.data}, {self.name}"
+        shorter: dict[str, Any] = {f"{self.name}_size": len(rows)}
+        raw = torch.from_numpy(_held(self.images, rows.numpy(), self.workers, what))
+        if self.cut:
+            raw, levels = (raw > levels / 2).to(torch.uint8), 1
+        protocol = replace(self.protocol, **shorter)
+        return Split(self.name, protocol, raw, levels, rows, self.sampling)
+
+    def tensor(self, generator: torch.Generator | None = None) -> Tensor:
+        """All x, ``(N, *x_shape)``, as of a `Split`; InputError where they do not fit in memory."""
+        return self.head(len(self)).tensor(generator)
+
+    def to(self, device: torch.device | str) -> "StreamedSplit":
+        """The same split: it is held nowhere."""
+        return self
 
 
 class Data(NamedTuple):
@@ -221,7 +302,7 @@ class Data(NamedTuple):
     ((1, 8, 8), 1297, 200, 300)
     """
 
-    train: Split
+    train: Split | StreamedSplit
     valid: Split
     test: Split
     protocol: Protocol
@@ -246,6 +327,8 @@ def load(
     valid_size: int | None = None,
     test_size: int | None = None,
     image_size: int | None = None,
+    stream: bool = False,
+    workers: int | None = None,
 ) -> Data:
     """Load a data set by name (see ``REGISTRY``), or from a folder of images, a .npy or a .npz.
 
@@ -254,7 +337,11 @@ def load(
     dequantize: "none" or "uniform", y = (k + u) / (L + 1): training anew each time, the rest once.
     root: the folder of downloaded sets; by default $PYROVAE_DATA, else ``data``.
     seed: of everything sampled once, and of the split where the publishers made none.
-    Raises InputError for an unknown name, unreadable files, or options that do not fit the data.
+    stream: leave the training images of a folder or a .npy on disk: a `StreamedSplit`, of the same
+    protocol. They are looked through once here. workers: processes that read them ahead; None: one
+    for each core, at most 4.
+    Raises InputError for an unknown name, unreadable files, images that do not fit into memory, or
+    options that do not fit the data.
     """
     _check_words(binarize, dequantize)
     name = os.fspath(name)
@@ -279,6 +366,7 @@ def load(
                 f"expected an image size of 1 or more; got {image_size}. Set --image-size."
             )
         options["image_size"] = image_size
+    options |= _streaming(name, stream, workers, "stream" in entry.options)
     source = entry.read(**options)
     label = name if name in REGISTRY else Path(name).resolve().name
     return _data(source, label, binarize, dequantize, seed, valid_size, test_size)
@@ -309,6 +397,52 @@ def from_array(
     return _data(source, name, binarize, dequantize, seed, valid_size, test_size)
 
 
+def from_dataset(
+    dataset: Any,
+    name: str = "my-images",
+    binarize: str = "none",
+    dequantize: str = "none",
+    seed: int = 0,
+    valid_size: int | None = None,
+    test_size: int | None = None,
+    levels: int | None = None,
+    stream: bool = False,
+    workers: int | None = None,
+) -> Data:
+    """Data from a map-style torch ``Dataset``, with the options of ``load``; labels are left out.
+
+    dataset: its items are images, or tuples that begin with one: PIL images, or uint8 as arrays or
+    tensors (H, W), (H, W, C), (C, H, W) with C 1 or 3, or (F,). The same item must be the same
+    image each time: augmentation would have no likelihood.
+
+    >>> images = torch.randint(0, 256, (40, 1, 4, 4), dtype=torch.uint8)
+    >>> from_dataset(torch.utils.data.TensorDataset(images), stream=True, workers=0).train
+    <train: 32 x of shape (1, 4, 4), left on disk; my-images, 256 levels, 32/4/4 train/valid/test, \
+split by seed 0>
+    """
+    _check_words(binarize, dequantize)
+    options = _streaming(name, stream, workers, True)
+    source = sources.dataset(dataset, levels, name, **options)
+    return _data(source, name, binarize, dequantize, seed, valid_size, test_size)
+
+
+def _streaming(name: str, stream: bool, workers: int | None, possible: bool) -> dict[str, Any]:
+    """The options of a reader that can leave images where they are."""
+    if workers is not None and not stream:
+        raise InputError(
+            f"expected no --workers without --stream, which they read for; got {workers}. Leave it "
+            "out, or give --stream."
+        )
+    if workers is not None and workers < 0:
+        raise InputError(f"expected --workers of 0 or more; got {workers}. Set it so.")
+    if stream and not possible:
+        raise InputError(
+            f"{name}: expected no --stream, for only a folder of images or a .npy can be left on "
+            "disk; got it. Leave it out, or save the images with numpy.save."
+        )
+    return {"stream": True, "workers": workers} if stream else {}
+
+
 def fixed(
     x: Tensor, valid: Tensor | None = None, test: Tensor | None = None, name: str = "x"
 ) -> Data:
@@ -326,7 +460,7 @@ def fixed(
             f"{name}: expected x of one shape (N, *x_shape); got {shapes}. Reshape them."
         )
     binary = all(bool(((p == 0) | (p == 1)).all()) for p in parts)
-    digest = _fingerprint(*(p.detach().cpu().numpy() for p in parts))
+    digest = streaming.fingerprint(*(p.detach().cpu().numpy() for p in parts))
     sizes = (len(x), len(parts[1]), len(parts[2]))
     levels = 1 if binary else None
     protocol = Protocol(name, "none", "none", levels, *sizes, 0, digest, "all")
@@ -362,13 +496,13 @@ def _did_you_mean(word: str, known: Any) -> str:
 def _path_entry(name: str) -> "Entry":
     path = Path(name).expanduser()
     if name and path.is_dir():
-        return Entry(lambda image_size=None: sources.folder(path, image_size), "", ("image_size",))
+        return Entry(partial(sources.folder, path), "", ("image_size", "stream"))
     if path.suffix in (".npy", ".npz"):
         if not path.is_file():
             raise InputError(
                 f"expected a file at {name}; there is none. Check the path after --data."
             )
-        return Entry(lambda: sources.file(path), "")
+        return Entry(partial(sources.file, path), "", ("stream",) if path.suffix == ".npy" else ())
     raise InputError(
         f"expected --data to be one of {', '.join(REGISTRY)}, or a path to a folder of images, "
         f".npy or .npz; got {name!r}.{_did_you_mean(name, REGISTRY)} Give one of these."
@@ -398,6 +532,11 @@ def _data(
             f"{name}: expected images on levels for --dequantize {dequantize}; got real values "
             "without a grid. Use --dequantize none, or give the levels as uint8."
         )
+    if source.contents is not None and binarize == "static":
+        raise InputError(
+            f"{name}: expected images that need not be kept for --stream; got --binarize static, "
+            "which draws each once. Use dynamic or threshold, or leave --stream out."
+        )
     rows = _rows(source, name, seed, valid_size, test_size)
     protocol = Protocol(
         data=name,
@@ -408,21 +547,20 @@ def _data(
         valid_size=len(rows[1]),
         test_size=len(rows[2]),
         seed=seed,
-        fingerprint=_fingerprint(source.images),
+        fingerprint=_fingerprint(source),
         published=source.published,
     )
-    train, valid, test = (_split(source, protocol, i, r) for i, r in enumerate(rows))
-    return Data(train, valid, test, protocol)
+    valid, test = (_split(source, protocol, i, rows[i]) for i in (1, 2))
+    if source.contents is not None:
+        return Data(_streamed(source, protocol, rows[0]), valid, test, protocol)
+    return Data(_split(source, protocol, 0, rows[0]), valid, test, protocol)
 
 
-def _fingerprint(*arrays: np.ndarray) -> str:
-    digest = hashlib.sha256()
-    for array in arrays:
-        # A fixed byte order: the same images have the same fingerprint on every machine.
-        array = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
-        digest.update(f"{array.dtype.str}{array.shape}".encode())
-        digest.update(array.data)
-    return digest.hexdigest()
+def _fingerprint(source: Source) -> str:
+    if source.contents is not None:
+        return source.contents.fingerprint
+    assert isinstance(source.images, np.ndarray)
+    return streaming.fingerprint(source.images)
 
 
 def _stream(seed: int, purpose: int) -> np.random.RandomState:
@@ -434,7 +572,7 @@ def _rows(
     source: Source, name: str, seed: int, valid_size: int | None, test_size: int | None
 ) -> list[np.ndarray]:
     """The rows of train, valid and test; the test rows depend on the seed and test_size only."""
-    count = len(source.images)
+    count = source.images.shape[0]
     for flag, size, refused in (
         ("valid", valid_size, source.published == "all"),
         ("test", test_size, source.published != "none"),
@@ -452,7 +590,7 @@ def _rows(
     if num_valid + num_test >= count:
         raise InputError(
             f"{name}: expected more images than {num_valid:,} valid and {num_test:,} test ones; "
-            f"got {count:,} in all. Give more images, or a smaller --valid-size (or test_size)."
+            f"got {count:,} in all. Give more images, or smaller --valid-size and --test-size."
         )
     order = np.arange(count)
     if source.published == "none":
@@ -466,12 +604,15 @@ def _rows(
 def _split(source: Source, protocol: Protocol, which: int, rows: np.ndarray) -> Split:
     binarize, levels, name = protocol.binarize, source.levels, SPLITS[which]
     contiguous = bool((np.diff(rows) == 1).all())
-    raw = source.images[rows[0] : rows[-1] + 1] if contiguous else source.images[rows]
-    sampling: Literal["fixed", "bernoulli", "uniform"] = "fixed"
-    if name == "train" and binarize == "dynamic":
-        sampling = "bernoulli"
-    elif name == "train" and protocol.dequantize == "uniform":
-        sampling = "uniform"
+    if not isinstance(source.images, np.ndarray):
+        raw = _held(source.images, rows, source.workers, f"{protocol.data}, {name}")
+    elif contiguous:
+        raw = source.images[rows[0] : rows[-1] + 1]
+    else:
+        raw = source.images[rows]
+    sampling = _sampling(protocol) if name == "train" else "fixed"
+    if sampling != "fixed":
+        pass  # at each use
     elif binarize == "threshold":
         raw, levels = (raw > (levels or 1) / 2).astype(np.uint8), 1
     elif binarize != "none":
@@ -487,6 +628,33 @@ def _split(source: Source, protocol: Protocol, which: int, rows: np.ndarray) -> 
     )
 
 
+def _held(images: streaming.Images, rows: np.ndarray, workers: int, what: str) -> np.ndarray:
+    streaming.check_memory(len(rows) * math.prod(images.shape[1:]), what)
+    return streaming.gather(images, rows, workers)
+
+
+def _sampling(protocol: Protocol) -> Literal["fixed", "bernoulli", "uniform"]:
+    """How the training images are drawn at each use."""
+    if protocol.binarize == "dynamic":
+        return "bernoulli"
+    return "uniform" if protocol.dequantize == "uniform" else "fixed"
+
+
+def _streamed(source: Source, protocol: Protocol, rows: np.ndarray) -> StreamedSplit:
+    assert source.contents is not None and source.levels is not None
+    return StreamedSplit(
+        SPLITS[0],
+        protocol,
+        source.images,
+        source.levels,
+        torch.from_numpy(rows),
+        torch.from_numpy(source.contents.levels.astype(np.uint8)),
+        _sampling(protocol),
+        protocol.binarize == "threshold",
+        source.workers,
+    )
+
+
 def _tensor(raw: np.ndarray) -> Tensor:
     # torch warns about arrays that it must not write to, such as those read straight from a file.
     return torch.from_numpy(raw if raw.flags.writeable else raw.copy())
@@ -498,6 +666,19 @@ def _bernoulli_once(raw: np.ndarray, levels: int, stream: np.random.RandomState)
         piece = raw[start : start + 1000]
         drawn[start : start + 1000] = stream.random_sample(piece.shape) * levels < piece
     return drawn
+
+
+def _drawn(
+    raw: Tensor, levels: int | None, sampling: str, generator: torch.Generator | None
+) -> Tensor:
+    if sampling == "uniform":
+        cell = torch.randint(0, _CELLS, raw.shape, generator=generator, device=raw.device)
+        return _dequantized(raw, cell, levels or 0)
+    x = raw if levels is None else raw.to(torch.float32).div_(levels)
+    if sampling == "bernoulli":
+        u = torch.rand(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+        return (u < x).to(x.dtype)
+    return x
 
 
 def _dequantized(k: Tensor, cell: Tensor, levels: int) -> Tensor:

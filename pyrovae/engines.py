@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from pyrovae.compiling import has_compiler
-from pyrovae.data import Split
+from pyrovae.data import Split, StreamedSplit
 from pyrovae.errors import InputError
 
 # "traced" replays the traced operations without compiling them: to look into, or for a few steps.
@@ -82,8 +82,10 @@ def mode_of(checkpoint: dict[str, Any]) -> tuple[str, bool | None]:
     return ("svi", None) if engine is None else (engine["mode"], engine.get("by_index"))
 
 
-def fits(split: Split, device: torch.device) -> bool:
+def fits(split: Split | StreamedSplit, device: torch.device) -> bool:
     """Whether the raw levels of a split should be held on the device: half of it may be theirs."""
+    if isinstance(split, StreamedSplit):
+        return False
     if device.type != "cuda":
         return True
     free, _ = torch.cuda.mem_get_info(device)

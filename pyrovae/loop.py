@@ -4,7 +4,7 @@ import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,11 @@ class Loop:
         self.best: dict[str, Tensor] | None = None
         self._left_out = 0
         self._resumed_stream: Tensor | None = None
-        self._valid = data.valid.tensor()
+        self._levels: Iterator[Tensor] = iter(())
+        self._valid = data.valid
+        if self._valid.sampling != "fixed":  # each validation is of the same x
+            x = self._valid.tensor()
+            self._valid = replace(self._valid, raw=x, levels=None, sampling="fixed")
 
     def batches(self, seed: int, batch_size: int) -> Iterator[Tensor]:
         """Indices of the epoch's remaining batches; its order is a function of (seed, epoch)."""
@@ -78,19 +82,23 @@ class Loop:
             self._resumed_stream = None
         if self._by_index():
             order = order.to(self.device)  # once: each batch would wait for the device
-        yield from order.split(batch_size)[self.state.step_in_epoch :]
+        remaining = order.split(batch_size)[self.state.step_in_epoch :]
+        if not self._by_index():
+            taken = [_share(index) for index in remaining if len(index) >= processes.count()]
+            self._levels = self.data.train.read(taken)
+        yield from remaining
 
     def _by_index(self) -> bool:
         """Whether the engine has the data, and is told which of them a batch is made of."""
         return isinstance(self.engine, CompiledSVI) and self.engine.split is not None
 
-    def draw(self, index: Tensor) -> Tensor:
-        """The x of a batch, sampled anew, on the device: (n, *x_shape)."""
-        return self.data.train.batch(index, self.generator).to(self.device)
+    def draw(self) -> Tensor:
+        """The x of the next of `batches`, sampled anew, on the device: (n, *x_shape)."""
+        return self.data.train.drawn(next(self._levels), self.generator).to(self.device)
 
     def example(self, size: int, by_index: bool) -> Tensor:
         """The first ``size`` images as a compiled engine takes them: by index, or as x."""
-        index = torch.arange(size)[processes.rank() :: processes.count()]
+        index = _share(torch.arange(size))
         if by_index:
             return index.to(self.device)
         return self.data.train.batch(index, torch.Generator()).to(self.device)
@@ -101,13 +109,13 @@ class Loop:
         Of several processes each takes its share; a last batch with fewer images than processes
         is left out.
         """
-        mine = index[processes.rank() :: processes.count()]
         if len(index) < processes.count():
             self._left_out = len(index)
         elif isinstance(self.engine, CompiledSVI):
-            self._compiled_step(self.engine, mine, len(index))
+            batch = _share(index) if self._by_index() else self.draw()
+            self._compiled_step(self.engine, batch, len(index))
         else:
-            self.state.loss_sum += self._svi_step(self.engine, self.draw(mine))
+            self.state.loss_sum += self._svi_step(self.engine, self.draw())
             if self.ema is not None:
                 average_weights(self.ema, self.vae, average_decay(self.decay, self.state.step + 1))
         self.state.step += 1
@@ -130,8 +138,7 @@ class Loop:
             raise self._non_finite(self.state.step + 1, what, site)
         return loss
 
-    def _compiled_step(self, engine: CompiledSVI, index: Tensor, images: int) -> None:
-        batch = index if self._by_index() else self.draw(index)
+    def _compiled_step(self, engine: CompiledSVI, batch: Tensor, images: int) -> None:
         engine.queue(batch, images)
         if self.state.step % _CHECKED_EVERY == _CHECKED_EVERY - 1:
             self.wait()
@@ -199,18 +206,19 @@ class Loop:
     @importance.float32_products()
     def _validate(self, seed: int) -> Metrics:
         """ELBO, rate and distortion of the validation split with one particle and fixed noise."""
-        vae, x = self.vae, self._valid
-        batch = importance.plan(vae.model, vae.guide, x[:1].to(self.device), 1).images
-        batch = min(processes.gather(batch))
+        vae, split = self.vae, self._valid
+        one = split.batch(torch.arange(1)).to(self.device)
+        batch = min(processes.gather(importance.plan(vae.model, vae.guide, one, 1).images))
         rate = distortion = 0.0
-        for start in processes.share(list(range(0, len(x), batch))):
-            part = x[start : start + batch].to(self.device)
+        for start in processes.share(list(range(0, len(split), batch))):
+            index = torch.arange(start, min(start + batch, len(split)))
+            part = split.batch(index).to(self.device)
             for terms in importance.chunks(
                 vae.model, vae.guide, part, 1, chunk=1, seed=mix(seed, "valid"), first_image=start
             ):
                 rate += float((terms.log_posterior - terms.log_prior).double().sum())
                 distortion -= float(terms.log_likelihood.double().sum())
-        n = len(x)
+        n = len(split)
         if processes.count() > 1:
             both = torch.tensor([rate, distortion], dtype=torch.float64, device=self.device)
             rate, distortion = processes.add(both).tolist()
@@ -326,6 +334,11 @@ class Loop:
         """Leave the best weights in the VAE."""
         if self.best is not None:
             put_weights(self.vae, self.best)
+
+
+def _share(index: Tensor) -> Tensor:
+    """This process's part of a batch."""
+    return index[processes.rank() :: processes.count()]
 
 
 def first_bad_site(model: Program, guide: Program, x: Tensor) -> str:

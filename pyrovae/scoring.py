@@ -12,7 +12,6 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -267,15 +266,8 @@ def training_reference(
     train = cfg.data_of(run, data_root).train
     generator = torch.Generator().manual_seed(seed)
     index = torch.randperm(len(train), generator=generator)[:size]
-    chosen = replace(
-        train,
-        raw=train.batch(index, generator),
-        levels=None,
-        rows=train.rows[index],
-        sampling="fixed",
-        labels=None,
-        factors={},
-    )
+    x = train.batch(index, generator)
+    chosen = Split("train", train.protocol, x, None, train.rows[index])
     result = evaluate(
         vae,
         chosen,
@@ -374,6 +366,7 @@ def _open(
     """Images (N, *x_shape) of a file, and their largest level."""
     if _is_array(path):
         source = sources.file(path)
+        assert isinstance(source.images, np.ndarray)  # streamed ones are not
         return source.images, source.levels
     picture = sources.open_image(path, image_size)
     if len(x_shape) == 3 and x_shape[0] == 1:

@@ -147,6 +147,21 @@ class TrainConfig:
     image_size: int | None = _setting(
         None, "resize the images of a folder to this square", least=1, group="data"
     )
+    test_size: int | None = _setting(
+        None, "images kept for the test, where none is published", least=1, group="data"
+    )
+    stream: bool = _setting(
+        False,
+        "leave the training images of a folder or a .npy on disk, and read them batch by batch: "
+        "for what does not fit into memory",
+        group="data",
+    )
+    workers: int | None = _setting(
+        None,
+        "processes that read streamed images ahead (default: one for each core, at most 4)",
+        least=0,
+        group="data",
+    )
 
     model: str = _setting(
         "vae",
@@ -259,7 +274,16 @@ class TrainConfig:
 
 
 # What may be changed when a run is resumed; all else would make it another run.
-RESUMABLE = ("epochs", "device", "final_particles", "data_root", "download", "patience", "log")
+RESUMABLE = (
+    "epochs",
+    "device",
+    "final_particles",
+    "data_root",
+    "download",
+    "patience",
+    "log",
+    "workers",
+)
 
 
 @dataclass(frozen=True)

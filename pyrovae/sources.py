@@ -6,11 +6,13 @@ what it got and what to do.
 
 import gzip
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from pyrovae import streaming
 from pyrovae.errors import InputError
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
@@ -19,14 +21,15 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".p
 class Source(NamedTuple):
     """Raw images and how they were published.
 
-    images: ``(N, *x_shape)``; uint8 levels k in 0..L, or float32 in [0, 1] without levels.
+    images: ``(N, *x_shape)``; uint8 levels k in 0..L, or float32 in [0, 1] without levels; streamed
+    images are not held, and come with what a look through them told.
     levels: L, the largest level, or None. labels: integers ``(N,)``. factors: ``(N,)`` each.
     num_valid, num_test: default sizes. published: which splits the publishers made; their rows lie
     in the order train, valid, test. shuffle_valid: draw the validation images from the training
     ones by the seed, because the publishers' order goes by class.
     """
 
-    images: np.ndarray
+    images: np.ndarray | streaming.Images
     levels: int | None
     labels: np.ndarray | None = None
     factors: dict[str, np.ndarray] | None = None
@@ -34,6 +37,8 @@ class Source(NamedTuple):
     num_test: int | None = None
     published: str = "none"  # none | test | all
     shuffle_valid: bool = False
+    contents: streaming.Contents | None = None
+    workers: int = 0
 
 
 # ------------------------------------------------------------------------------- arrays and files
@@ -54,13 +59,7 @@ def array(
     if images.dtype == np.bool_:
         images = images.astype(np.uint8)
     if images.dtype == np.uint8:
-        top = int(images.max())
-        levels = levels if levels is not None else (1 if top <= 1 else 255)
-        if not 1 <= levels <= 255 or top > levels:
-            raise InputError(
-                f"{what}: expected levels between {max(top, 1)} (the largest value) and 255; "
-                f"got levels={levels}. Give the largest level that can occur."
-            )
+        levels = _largest_level(int(images.max()), levels, what)
     elif levels is not None:
         raise InputError(
             f"{what}: levels={levels} needs uint8 images; got {images.dtype}. "
@@ -76,9 +75,78 @@ def array(
     return Source(np.ascontiguousarray(images), levels, _labels(labels, len(images), what))
 
 
-def file(path: Path) -> Source:
-    """Read .npy, or .npz with ``images`` (or a single array) and perhaps ``labels``, ``levels``."""
+def _largest_level(top: int, levels: int | None, what: str) -> int:
+    levels = levels if levels is not None else (1 if top <= 1 else 255)
+    if not 1 <= levels <= 255 or top > levels:
+        raise InputError(
+            f"{what}: expected levels between {max(top, 1)} (the largest value) and 255; "
+            f"got levels={levels}. Give the largest level that can occur."
+        )
+    return levels
+
+
+def dataset(
+    items: Any,
+    levels: int | None = None,
+    what: str = "images",
+    stream: bool = False,
+    workers: int | None = None,
+) -> Source:
+    """Read a map-style torch ``Dataset`` whose items are images, or tuples that begin with one.
+
+    An image is a PIL image, or uint8 as an array or a tensor: (H, W), (H, W, C), (C, H, W) with C 1
+    or 3, or (F,). Raises InputError for another, and where two have not one shape.
+    """
+    if len(items) == 0:
+        raise InputError(f"{what}: expected at least one image; got none. Check the data set.")
+    shape = _item(items, None, what, 0).shape
+    images = streaming.Items(partial(_item, items, shape, what), (len(items), *shape))
+    if stream:
+        return _streamed(images, levels, what, workers)
+    streaming.check_memory(math.prod(images.shape), what)
+    return array(images[np.arange(len(items))], levels=levels, what=what)
+
+
+def _item(items: Any, shape: tuple[int, ...] | None, what: str, row: int) -> np.ndarray:
+    image = items[row]
+    image = image[0] if isinstance(image, (tuple, list)) else image
+    if hasattr(image, "convert"):  # a PIL image
+        image = np.asarray(image.convert("L" if image.mode in ("1", "L") else "RGB"))
+    image = _numpy(image, f"{what}, item {row}")
+    if image.dtype != np.uint8:
+        raise InputError(
+            f"{what}, item {row}: expected uint8 levels or a PIL image; got {image.dtype}. Leave "
+            "out the transform that scales (ToTensor, say): x is levels/255 here."
+        )
+    image = _channels_first(image[None], f"{what}, item {row}")[0]
+    if shape is not None and image.shape != shape:
+        raise InputError(
+            f"{what}, item {row}: expected shape {shape} like the first; got {image.shape}. Bring "
+            "all to one size and to as many channels."
+        )
+    return image
+
+
+def _streamed(
+    images: streaming.Images, levels: int | None, what: str, workers: int | None
+) -> Source:
+    """The source of images that are not held, after one look through them."""
+    workers = streaming.default_workers() if workers is None else workers
+    contents = streaming.contents(images, workers)
+    levels = _largest_level(int(contents.levels[-1]), levels, what)
+    return Source(images, levels, contents=contents, workers=workers)
+
+
+def file(path: Path, stream: bool = False, workers: int | None = None) -> Source:
+    """Read .npy, or .npz with ``images`` (or a single array) and perhaps ``labels``, ``levels``.
+
+    stream: leave a .npy of uint8 where it is.
+    """
     try:
+        if stream:
+            return _mapped(path, np.load(path, mmap_mode="r", allow_pickle=False), workers)
+        if path.suffix == ".npy":
+            streaming.check_memory(path.stat().st_size, path.name)
         with path.open("rb") as opened:  # NumPy leaves a damaged .npz open
             # allow_pickle=False: a pickle can run any program it likes when opened.
             loaded = np.load(opened, allow_pickle=False)
@@ -104,11 +172,28 @@ def file(path: Path) -> Source:
         ) from error
 
 
-def folder(path: Path, image_size: int | None = None) -> Source:
+def _mapped(path: Path, found: np.ndarray, workers: int | None) -> Source:
+    if found.dtype != np.uint8:
+        raise InputError(
+            f"{path.name}: expected uint8 images with --stream; got {found.dtype}. Save levels "
+            "with images.astype('uint8'), or leave --stream out."
+        )
+    shape = _channels_first(found, path.name).shape
+    images = streaming.MappedFile(path, found.ndim == 4 and shape != found.shape)
+    return _streamed(images, None, path.name, workers)
+
+
+def folder(
+    path: Path,
+    image_size: int | None = None,
+    stream: bool = False,
+    workers: int | None = None,
+) -> Source:
     """Read every image below a folder, in the order of their paths.
 
     With ``image_size`` each is cut to its central square and resized; without, all must have one
     size. The set is grey when every image in it is (three equal channels count as grey), else RGB.
+    stream: decode each as it is needed, and hold none.
     """
     paths = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
     if not paths:
@@ -116,20 +201,36 @@ def folder(path: Path, image_size: int | None = None) -> Source:
             f"{path.name}: expected a folder with images ({' '.join(IMAGE_SUFFIXES)}); got none. "
             "Check the path given to --data."
         )
-    images: list[np.ndarray] = []
-    for each in paths:
-        image = open_image(each, image_size)
-        if images and image.shape != images[0].shape:
-            (h, w), (h0, w0) = image.shape[:2], images[0].shape[:2]
-            raise InputError(
-                f"{each.name}: expected {w0}×{h0} pixels like {paths[0].name}; got {w}×{h}. "
-                "Bring all to one size with --image-size, such as --image-size 64."
-            )
-        images.append(image)
-    stack = np.stack(images)
-    if (stack == stack[..., :1]).all():
-        stack = stack[..., :1]
-    return Source(np.ascontiguousarray(stack.transpose(0, 3, 1, 2)), levels=255)
+    height, width = open_image(paths[0], image_size).shape[:2]
+    read = partial(_picture, paths, image_size, (height, width), 3)
+    images = streaming.Items(read, (len(paths), 3, height, width))
+    if not stream:
+        streaming.check_memory(math.prod(images.shape), path.name)
+        stack = images[np.arange(len(paths))]
+        if (stack == stack[:, :1]).all():
+            stack = np.ascontiguousarray(stack[:, :1])
+        return Source(stack, levels=255)
+    source = _streamed(images, 255, path.name, workers)
+    if source.contents is None or not source.contents.grey:
+        return source
+    read = partial(_picture, paths, image_size, (height, width), 1)
+    return source._replace(
+        images=streaming.Items(read, (len(paths), 1, height, width)),
+        contents=source.contents._replace(fingerprint=source.contents.grey_fingerprint),
+    )
+
+
+def _picture(
+    paths: list[Path], image_size: int | None, size: tuple[int, int], channels: int, row: int
+) -> np.ndarray:
+    image = open_image(paths[row], image_size)
+    if image.shape[:2] != size:
+        (h, w), (h0, w0) = image.shape[:2], size
+        raise InputError(
+            f"{paths[row].name}: expected {w0}×{h0} pixels like {paths[0].name}; got {w}×{h}. "
+            "Bring all to one size with --image-size, such as --image-size 64."
+        )
+    return image[..., :channels].transpose(2, 0, 1)
 
 
 def fit_square(image: Any, image_size: int, crop: int | None = None) -> Any:

@@ -13,7 +13,7 @@ from pyro.infer import ELBO, SVI
 
 from pyrovae import compiling, engines, objectives, processes
 from pyrovae.acceleration import CompiledSVI
-from pyrovae.data import Data
+from pyrovae.data import Data, Split, StreamedSplit
 from pyrovae.errors import InputError
 from pyrovae.importance import Program, Programs
 from pyrovae.loop import Loop, Metrics, State, copy_weights, mix, own_part, scoped_globals
@@ -310,13 +310,19 @@ def _engine(
         chosen, why = "compiled", "several processes, which sum gradients between two graphs"
     # A resumed run draws as it did before, whatever memory is free now: two streams differ.
     by_index = engines.fits(train, loop.device) if by_index is None else by_index
+    held = train if isinstance(train, Split) and by_index else None
+    if by_index and held is None:
+        raise InputError(
+            "the run held its training images in memory, and drew its noise for them there; resume "
+            "it with those, loaded without stream=True"
+        )
     compiled = CompiledSVI(
         model,
         guide,
         loop.optimizer,
         objective,
         module=loop.vae,  # type: ignore[arg-type]
-        split=train if by_index else None,
+        split=held,
         weight=weight,
         average=None if loop.ema is None else (loop.ema, loop.decay),
         mode=chosen,
@@ -364,6 +370,9 @@ def check_data(likelihood: Any, data: Data) -> None:
     """Refuse data outside the likelihood's support, before the first step."""
     for split in (data.valid, data.test):
         likelihood.check(split.tensor())
+    if isinstance(data.train, StreamedSplit):  # to read them all once more would take its time
+        likelihood.check(data.train.every_level())
+        return
     index = torch.arange(len(data.train))
     generator = torch.Generator().manual_seed(0)
     for part in index.split(4096):

@@ -35,8 +35,9 @@ def dry_run(
 
     ``begun_by``: the engine of the run that would be resumed, which "auto" takes up.
     """
+    train = dataset.train.head(_STEPS * config.batch_size)
     few = data.Data(
-        dataset.train.head(_STEPS * config.batch_size),
+        train,
         dataset.valid.head(_VALIDATED),
         dataset.test.head(1),
         dataset.protocol,
@@ -67,11 +68,12 @@ def dry_run(
         **fit_settings,
     )
     lengths = [b - a for a, b in itertools.pairwise(times)]
-    kept = activations(vae, few.train, config, device)
+    kept = activations(vae, train, config, device)
     weights = sum(t.nbytes for t in vae.state_dict().values())
     # The gradient, two moments of Adam, and the best weights so far; then the moving average.
     training = weights * (5 + (config.ema is not None)) + kept
-    held = sum(split.raw.nbytes for split in (dataset.train, dataset.valid, dataset.test))
+    splits = (dataset.train, dataset.valid, dataset.test)
+    held = sum(split.raw.nbytes for split in splits if isinstance(split, data.Split))
 
     shown = {k: v for k, v in dataclasses.asdict(config).items() if v not in (None, {}, False)}
     if config.model == "hierarchical":

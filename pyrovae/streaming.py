@@ -1,0 +1,223 @@
+"""Images that stay where they are: read a batch at a time, by the processes of a `DataLoader`."""
+
+import hashlib
+import os
+import signal
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from pyrovae.errors import InputError
+
+# Images that are read at once where there are no batches.
+_BLOCK = 256
+_MOST_WORKERS = 4
+
+
+class Images(Protocol):
+    """Images of uint8, given out by rows as an array gives them out."""
+
+    shape: tuple[int, ...]
+    """(N, *x_shape)."""
+
+    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
+        """The images of those rows (n,): (n, *x_shape)."""
+        ...
+
+
+class MappedFile:
+    """The array of a .npy file, of which only what is asked for is read.
+
+    channels_last: the file holds (N, H, W, C); without a channel axis one is put in.
+    """
+
+    def __init__(self, path: Path, channels_last: bool = False):
+        self._made_of = (path, channels_last)
+        images = np.load(path, mmap_mode="r", allow_pickle=False)
+        if images.ndim == 3:
+            images = images[:, None]
+        self._images = images.transpose(0, 3, 1, 2) if channels_last else images
+        self.shape: tuple[int, ...] = self._images.shape
+
+    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
+        """The images of those rows."""
+        return np.ascontiguousarray(self._images[rows])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return MappedFile, self._made_of  # a map would be sent to another process with all it holds
+
+
+class Items:
+    """Images that ``read`` gives one by one, uint8 of the shape that ``shape`` (N, *x_shape) says.
+
+    A method of a class, or a partial of a function, can be sent to another process; a lambda not.
+    """
+
+    def __init__(self, read: Callable[[int], np.ndarray], shape: tuple[int, ...]):
+        self._read = read
+        self.shape = shape
+
+    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
+        """The images of those rows."""
+        images = np.empty((len(rows), *self.shape[1:]), np.uint8)
+        for i, row in enumerate(rows):
+            images[i] = self._read(int(row))
+        return images
+
+
+class Contents(NamedTuple):
+    """What one look through all images tells.
+
+    levels: those that occur, in order. grey: whether the channels of every image are equal.
+    fingerprint: that of the images, and grey_fingerprint that of their first channel.
+    """
+
+    levels: np.ndarray
+    grey: bool
+    fingerprint: str
+    grey_fingerprint: str
+
+
+def contents(images: Images, workers: int) -> Contents:
+    """Look through all images once, in their order."""
+    colours = len(images.shape) == 4 and images.shape[1] > 1
+    whole = _digest(images.shape)
+    first = _digest((images.shape[0], 1, *images.shape[2:]))
+    found, grey = np.zeros(256, bool), True
+    for block in fetch(images, _blocks(np.arange(images.shape[0])), workers):
+        levels = block.numpy()
+        found |= np.bincount(levels.ravel(), minlength=256) > 0
+        whole.update(levels.data)
+        if colours and grey:
+            grey = bool((levels == levels[:, :1]).all())
+            first.update(np.ascontiguousarray(levels[:, :1]).data)
+    return Contents(np.flatnonzero(found), grey, whole.hexdigest(), first.hexdigest())
+
+
+def gather(images: Images, rows: np.ndarray, workers: int) -> np.ndarray:
+    """The images of those rows, held: uint8 (n, *x_shape)."""
+    held = np.empty((len(rows), *images.shape[1:]), np.uint8)
+    for i, block in enumerate(fetch(images, _blocks(rows), workers)):
+        held[i * _BLOCK : (i + 1) * _BLOCK] = block.numpy()
+    return held
+
+
+def _blocks(rows: np.ndarray) -> list[np.ndarray]:
+    return np.split(rows, range(_BLOCK, len(rows), _BLOCK))
+
+
+def fingerprint(*arrays: np.ndarray) -> str:
+    """SHA-256 of kind, shape and content of each array; the same on every machine."""
+    digest = hashlib.sha256()
+    for array in arrays:
+        # A fixed byte order, whatever the machine's own is.
+        array = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
+        digest.update(_header(array.dtype, array.shape))
+        digest.update(array.data)
+    return digest.hexdigest()
+
+
+def _digest(shape: tuple[int, ...]) -> Any:
+    return hashlib.sha256(_header(np.dtype(np.uint8), shape))
+
+
+def _header(dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
+    return f"{dtype.str}{shape}".encode()
+
+
+def fetch(images: Images, batches: Sequence[np.ndarray], workers: int) -> Iterator[Tensor]:
+    """The images of each batch of rows, in turn: uint8 (n, *x_shape).
+
+    Args:
+        images: to read from.
+        batches: rows (n,) each.
+        workers: processes that read ahead, two batches each; 0: none, and nothing is read ahead.
+
+    Raises:
+        InputError: for an image that cannot be read, or is not like the others; and if a process
+            that reads is ended.
+    """
+    with warnings.catch_warnings():
+        # From Python 3.12 on a fork is warned of where there are threads: these processes read
+        # files and start none. And who asks for more of them than cores has a reason.
+        warnings.filterwarnings("ignore", message=".*fork.*", category=DeprecationWarning)
+        warnings.filterwarnings("ignore", message="This DataLoader will create")
+        loader = DataLoader(
+            _Batches(images),
+            batch_size=None,
+            sampler=batches,
+            num_workers=workers,
+            worker_init_fn=_leave_signals,
+            # Else each pass would draw a number from torch's own stream.
+            generator=torch.Generator(),
+        )
+        read = iter(loader)
+    try:
+        for batch in read:
+            if isinstance(batch, str):
+                raise InputError(batch)
+            yield batch
+    except (RuntimeError, OSError, EOFError) as error:
+        # What the images raise is told as caught; the rest is of a process that cannot be reached.
+        if workers == 0 or str(error).startswith("Caught "):
+            raise
+        raise InputError(
+            "expected the processes that read the images to go on; one was ended, perhaps for want "
+            "of memory. Give --workers 0, and the training process reads them itself."
+        ) from None
+
+
+class _Batches(Dataset):
+    """A data set whose items are batches: a `DataLoader` hands each to one process."""
+
+    def __init__(self, images: Images):
+        self._images = images
+
+    def __getitem__(self, rows: np.ndarray) -> np.ndarray | str:
+        try:
+            return self._images[rows]
+        except InputError as error:  # as an exception it would come with that process's traceback
+            return str(error)
+
+
+def _leave_signals(_: int) -> None:
+    """A key that interrupts is meant for the training, which ends these processes itself."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def default_workers() -> int:
+    """One for each core of this process, of several on one machine its share; 1 to 4."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    beside = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return min(max((cores or 1) // max(beside, 1), 1), _MOST_WORKERS)
+
+
+def check_memory(num_bytes: int, what: str) -> None:
+    """Raise InputError if so much is more than the memory that is free, where that is known."""
+    free = _free_memory()
+    if free is not None and num_bytes > free:
+        raise InputError(
+            f"{what}: expected images that fit into memory; got {num_bytes / 1e9:.1f} GB, and "
+            f"{free / 1e9:.1f} GB are free. Leave them on disk with --stream."
+        )
+
+
+def _free_memory() -> int | None:
+    """Bytes, of the system and of the control group that may hold this process; None: unknown."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvail"))
+    except (OSError, StopIteration, ValueError):
+        return None
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+    except OSError:
+        return free
+    return min(free, int(limit)) if limit.isdigit() else free

@@ -1,0 +1,439 @@
+"""Images left on disk are the same data: protocol, splits, x, steps and refusals."""
+
+import json
+import os
+import pickle
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from refusal import refuse
+from shell import ok
+from tiny import tiny_config
+from torch.utils.data import Dataset, TensorDataset
+
+from pyrovae import config as cfg
+from pyrovae import streaming
+from pyrovae.data import Data, Split, StreamedSplit, from_array, from_dataset, load
+from pyrovae.errors import InputError
+from pyrovae.loop import copy_weights
+from pyrovae.runs import load_checkpoint
+from pyrovae.training import check_data, fit
+
+RANDOM = np.random.RandomState(0)
+GREY = RANDOM.randint(0, 256, (60, 5, 4)).astype(np.uint8)
+COLOUR = RANDOM.randint(0, 256, (60, 5, 4, 3)).astype(np.uint8)
+BINARY = RANDOM.randint(0, 2, (60, 7)).astype(np.uint8)
+FORMS = {
+    "grey": GREY,
+    "one channel last": GREY[..., None],
+    "colour": COLOUR,
+    "channels first": np.ascontiguousarray(COLOUR.transpose(0, 3, 1, 2)),
+    "binary rows": BINARY,
+}
+
+
+def _npy(folder: Path, images: np.ndarray, name: str = "x.npy") -> Path:
+    np.save(folder / name, images)
+    return folder / name
+
+
+def _folder(folder: Path, images: np.ndarray) -> Path:
+    folder.mkdir(exist_ok=True)
+    for i, image in enumerate(images):
+        Image.fromarray(image).save(folder / f"{i:03}.png")
+    return folder
+
+
+def _both(name: Path, workers: int = 0, **options: Any) -> tuple[Data, Data]:
+    """The same data, held in memory and left on disk."""
+    held, left = load(name, **options), load(name, stream=True, workers=workers, **options)
+    assert isinstance(held.train, Split) and isinstance(left.train, StreamedSplit)
+    return held, left
+
+
+def _generator() -> torch.Generator:
+    return torch.Generator().manual_seed(3)
+
+
+def _same(held: Data, left: Data) -> None:
+    """One protocol, and the same x wherever one asks for it."""
+    assert left.protocol == held.protocol
+    assert left.train.protocol == held.train.protocol
+    assert left.x_shape == held.x_shape
+    assert len(left.train) == len(held.train)
+    assert left.train.rows.equal(held.train.rows)
+    for ours, theirs in ((left.valid, held.valid), (left.test, held.test)):
+        assert ours.rows.equal(theirs.rows)
+        assert ours.tensor().equal(theirs.tensor())
+    index = torch.tensor([7, 0, 31, 7])
+    assert left.train.batch(index, _generator()).equal(held.train.batch(index, _generator()))
+    assert left.train.tensor(_generator()).equal(held.train.tensor(_generator()))
+    head, expected = left.train.head(5), held.train.head(5)
+    assert isinstance(head, Split) and repr(head) == repr(expected)
+    assert head.rows.equal(expected.rows)
+    assert head.tensor(_generator()).equal(expected.tensor(_generator()))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_file_left_on_disk_is_the_same_data(form: str, tmp_path: Path) -> None:
+    _same(*_both(_npy(tmp_path, FORMS[form])))
+
+
+@pytest.mark.parametrize("name", ["grey", "colour", "one in colour"])
+def test_a_folder_left_on_disk_is_the_same_data(name: str, tmp_path: Path) -> None:
+    place = _folder(tmp_path, COLOUR if name == "colour" else GREY)
+    if name == "one in colour":
+        Image.fromarray(COLOUR[59]).save(place / "059.png")
+    held, left = _both(place)
+    assert held.x_shape == ((1 if name == "grey" else 3), 5, 4)
+    _same(held, left)
+    _same(*_both(place, image_size=3))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"binarize": "dynamic"},
+        {"binarize": "threshold"},
+        {"dequantize": "uniform"},
+        {"valid_size": 3, "test_size": 5, "seed": 4},
+    ],
+    ids=str,
+)
+def test_sampling_is_the_same_from_the_same_generator(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
+    _same(*_both(_npy(tmp_path, GREY), **options))
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_an_epoch_is_read_in_its_order_whoever_reads(workers: int, tmp_path: Path) -> None:
+    held, left = _both(_folder(tmp_path, COLOUR), workers)
+    batches = list(torch.randperm(len(held.train), generator=_generator()).split(7))
+    before = torch.get_rng_state()
+    read = list(left.train.read(batches))
+    assert torch.get_rng_state().equal(before)  # of which training draws its noise
+    assert len(read) == len(batches)
+    for ours, theirs in zip(read, held.train.read(batches), strict=True):
+        assert ours.dtype == torch.uint8 and ours.equal(theirs)
+
+
+def test_nothing_is_held_and_nothing_is_sent(tmp_path: Path) -> None:
+    seen: list[int] = []
+
+    def read(row: int) -> np.ndarray:
+        seen.append(row)
+        return GREY[row][None]
+
+    images = streaming.Items(read, (60, 1, 5, 4))
+    assert torch.equal(
+        next(streaming.fetch(images, [np.array([4, 2])], 0))[0, 0], torch.from_numpy(GREY[4])
+    )
+    assert seen == [4, 2]
+    mapped = streaming.MappedFile(_npy(tmp_path, COLOUR), channels_last=True)
+    sent = pickle.dumps(mapped)
+    assert len(sent) < 500  # bytes, where the images are 3,600
+    assert np.array_equal(pickle.loads(sent)[np.array([9])], mapped[np.array([9])])
+    left = load(tmp_path / "x.npy", stream=True, workers=0).train
+    assert not hasattr(left, "raw")
+    assert left.to("cpu") is left
+    assert "left on disk" in repr(left)
+
+
+def test_an_epoch_that_is_left_ends_its_processes(tmp_path: Path) -> None:
+    left = load(_folder(tmp_path, GREY), stream=True, workers=2).train
+    read = left.read(list(torch.arange(40).split(1)))
+    next(read)
+    workers = _children()
+    assert len(workers) == 2
+    read.close()  # type: ignore[attr-defined]
+    assert not workers & _children()
+
+
+def _children() -> set[int]:
+    """The processes that this one has started, and that have not ended."""
+    found = set()
+    for place in Path("/proc").glob("[0-9]*"):
+        try:
+            state, parent = (place / "stat").read_text().rsplit(")", 1)[1].split()[:2]
+        except OSError:
+            continue
+        if int(parent) == os.getpid() and state != "Z":
+            found.add(int(place.name))
+    return found
+
+
+# ----------------------------------------------------------------------------------- torch datasets
+
+
+class _Listed(Dataset):
+    def __init__(self, items: list[Any]):
+        self.items = items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.items[index]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: _Listed([(Image.fromarray(image), 7) for image in COLOUR]),
+        lambda: _Listed(list(COLOUR)),
+        lambda: TensorDataset(torch.from_numpy(COLOUR.transpose(0, 3, 1, 2).copy())),
+    ],
+    ids=["pictures with labels", "arrays", "tensors"],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_torch_dataset_is_the_same_data(make: Callable[[], Dataset], stream: bool) -> None:
+    options = {"stream": True, "workers": 1} if stream else {}
+    given = from_dataset(make(), binarize="dynamic", **options)
+    assert isinstance(given.train, StreamedSplit) == stream
+    _same(from_array(COLOUR, binarize="dynamic"), given)
+
+
+def test_grey_pictures_and_rows_of_a_dataset() -> None:
+    _same(from_array(GREY), from_dataset(_Listed([Image.fromarray(i) for i in GREY])))
+    _same(from_array(BINARY, levels=5), from_dataset(_Listed(list(BINARY)), levels=5))
+
+
+# --------------------------------------------------------------------------------------- training
+
+
+def _trained(given: Data, **settings: Any) -> tuple[list[Any], dict[str, torch.Tensor]]:
+    vae = cfg.build(tiny_config(), given)
+    metrics = fit(vae, given, **{"epochs": 3, "batch_size": 10} | settings).metrics
+    for line in metrics:
+        del line["seconds"]
+    return metrics, copy_weights(vae)
+
+
+def _equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    assert all(one[name].equal(other[name]) for name in one)
+
+
+def test_a_streamed_run_is_the_same_run(tmp_path: Path) -> None:
+    held, left = _both(_npy(tmp_path, GREY), workers=2, binarize="dynamic")
+    metrics, weights = _trained(held, engine="svi")
+    again, other = _trained(left, engine="svi")
+    assert again == metrics
+    _equal(other, weights)
+
+
+@pytest.mark.parametrize("engine", ["svi", "traced"])
+def test_a_streamed_run_resumes_exactly(engine: str, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"engine": engine, "lr": 1e-2}
+    left = load(_npy(tmp_path, GREY), binarize="dynamic", stream=True, workers=1)
+    metrics, weights = _trained(left, **settings)
+    steps = iter([False] * 6 + [True])  # within the second epoch
+    run = tmp_path / "run"
+    _trained(left, run=run, should_stop=lambda: next(steps), **settings)
+    state = load_checkpoint(run / "checkpoints/last.pt")["state"]
+    assert (state["epoch"], state["step_in_epoch"]) == (1, 2)
+    none_ahead = load(tmp_path / "x.npy", binarize="dynamic", stream=True, workers=0)
+    again, other = _trained(none_ahead, run=run, resume=True, **settings)
+    assert again == metrics
+    _equal(other, weights)
+
+
+def test_an_engine_that_drew_in_memory_is_not_resumed_from_disk(tmp_path: Path) -> None:
+    held, left = _both(_npy(tmp_path, GREY), binarize="dynamic")
+    run = tmp_path / "run"
+    _trained(held, engine="traced", run=run, epochs=1)
+    with pytest.raises(InputError, match="held its training images in memory"):
+        _trained(left, engine="auto", run=run, resume=True)
+    left_behind = tmp_path / "other"
+    _trained(left, engine="traced", run=left_behind, epochs=1)
+    _trained(held, engine="auto", run=left_behind, resume=True)  # draws as that run did
+
+
+def test_a_likelihood_sees_every_value_of_a_streamed_split(tmp_path: Path) -> None:
+    few = np.where(GREY > 99, 200, 40).astype(np.uint8)
+    left = load(_npy(tmp_path, few), stream=True, workers=0).train
+    assert (left.every_level() * 255).round().unique().tolist() == [40, 200]
+    cut = load(tmp_path / "x.npy", binarize="threshold", stream=True, workers=0)
+    assert cut.train.every_level().unique().tolist() == [0, 1]
+    every = load(_npy(tmp_path, RANDOM.permutation(600 * 256).reshape(600, 256).astype(np.uint8)),
+                 stream=True, workers=0).train  # fmt: skip
+    assert every.every_level().shape == (1, 256)
+    assert (every.every_level() * 255).round().unique().tolist() == list(range(256))
+    bernoulli = cfg.build(tiny_config(), cut).likelihood
+    check_data(bernoulli, cut)
+    grey = load(_npy(tmp_path, GREY), stream=True, workers=0)
+    binary = grey._replace(valid=cut.valid, test=cut.test)
+    with pytest.raises(InputError, match="Bernoulli"):
+        check_data(bernoulli, binary)
+
+
+# --------------------------------------------------------------------------------------- refusals
+
+
+def _little(monkeypatch: pytest.MonkeyPatch, num_bytes: int) -> None:
+    monkeypatch.setattr(streaming, "_free_memory", lambda: num_bytes)
+
+
+REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "static": (lambda p: load(_npy(p, GREY), "static", stream=True), "dynamic or threshold"),
+    "npz": (lambda p: (np.savez(p / "x.npz", GREY), load(p / "x.npz", stream=True)), "numpy.save"),
+    "a name": (lambda p: load("digits", stream=True), "numpy.save"),
+    "floats": (lambda p: load(_npy(p, GREY / 255), stream=True), "uint8.*leave --stream out"),
+    "workers": (lambda p: load(_npy(p, GREY), workers=2), "--stream"),
+    "fewer": (lambda p: load(_npy(p, GREY), stream=True, workers=-1), "--workers"),
+    "shape": (lambda p: load(_npy(p, GREY[None]), stream=True), "expected shape"),
+    "no images": (lambda p: load(_npy(p, GREY[:0]), stream=True), "cannot be read|at least one"),
+    "two sizes": (
+        lambda p: (_folder(p, GREY), _folder(p, GREY[:3, :3]), load(p, stream=True, workers=1)),
+        "--image-size",
+    ),
+    "dataset of nothing": (lambda p: from_dataset(_Listed([])), "at least one"),
+    "dataset of floats": (
+        lambda p: from_dataset(_Listed([torch.rand(1, 2, 2)] * 20), stream=True),
+        "ToTensor",
+    ),
+    "dataset of two sizes": (
+        lambda p: from_dataset(_Listed([*GREY[:9], GREY[9, :3]]), stream=True, workers=1),
+        r"item 9: expected shape \(1, 5, 4\).*got \(1, 3, 4\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_refusals_are_one_line_with_a_remedy(what: str, tmp_path: Path) -> None:
+    act, remedy = REFUSED[what]
+    with pytest.raises(InputError, match=remedy) as caught:
+        act(tmp_path)
+    message = str(caught.value)
+    assert "\n" not in message and message.endswith(".")
+    assert "expected" in message
+
+
+def test_what_does_not_fit_is_told_before_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, place = _npy(tmp_path, GREY), _folder(tmp_path / "pictures", COLOUR)
+    _little(monkeypatch, 1000)  # where the file's images are 1,200 bytes, those of a tenth 120
+    for name in (file, place):
+        with pytest.raises(InputError, match=r"fit into memory.*GB are free.*--stream\."):
+            load(name)
+    left = load(file, stream=True, workers=0, valid_size=1, test_size=1)
+    with pytest.raises(InputError, match=r"x\.npy, train: expected images that fit"):
+        left.train.tensor()
+    assert left.train.head(40).tensor().shape == (40, 1, 5, 4)
+    with pytest.raises(InputError, match="pictures, valid: expected images that fit"):
+        load(place, stream=True, workers=0, valid_size=20, test_size=1)
+    monkeypatch.undo()
+    assert streaming._free_memory() is None or streaming._free_memory() > 1e6
+
+
+def test_an_image_that_is_lost_while_training_is_one_line(tmp_path: Path) -> None:
+    left = load(_folder(tmp_path / "x", GREY), stream=True, workers=1)
+    lost = tmp_path / f"x/{int(left.train.rows[5]):03}.png"
+    lost.write_bytes(b"no picture")
+    with pytest.raises(InputError, match=f"^{lost.name}: expected an image") as caught:
+        list(left.train.read([torch.arange(3), torch.arange(4, 8)]))
+    assert "\n" not in str(caught.value)
+
+
+def _ended(row: int) -> np.ndarray:
+    if row == 30:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return GREY[row][None]
+
+
+def test_a_reader_that_is_killed_is_one_line() -> None:
+    images = streaming.Items(_ended, (60, 1, 5, 4))
+    with pytest.raises(InputError, match="--workers 0"):
+        list(streaming.fetch(images, list(np.arange(60).reshape(-1, 1)), 1))
+
+
+def _failing(row: int) -> np.ndarray:
+    raise RuntimeError("of the data set's own")
+
+
+def test_what_a_dataset_raises_itself_is_not_renamed() -> None:
+    images = streaming.Items(_failing, (60, 1, 5, 4))
+    with pytest.raises(RuntimeError, match="of the data set's own"):
+        list(streaming.fetch(images, [np.arange(3)], 1))
+
+
+def test_an_interrupt_does_not_end_the_readers(tmp_path: Path) -> None:
+    """A key sends its signal to all processes of a terminal: those that read must go on."""
+    left = load(_folder(tmp_path, GREY), stream=True, workers=1).train
+    batches = list(torch.arange(40).split(1))
+    read = left.read(batches)
+    got = [next(read)]
+    for worker in _children():
+        os.kill(worker, signal.SIGINT)
+    got += read
+    assert len(got) == 40
+
+
+# ------------------------------------------------------------------------------- the command line
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.chdir(tmp_path)
+    _npy(tmp_path, GREY)
+    yield tmp_path
+
+
+SMALL = "--hidden 8 --latent-dim 2 --batch-size 16 --epochs 2 --quiet --final-particles 3"
+
+
+def test_commands_on_a_streamed_run(here: Path) -> None:
+    ok(f"train --data x.npy --stream --workers 1 {SMALL} --test-size 5 --out left")
+    ok(f"train --data x.npy {SMALL} --test-size 5 --out held")
+    _equal(*(load_checkpoint(here / f"{n}/checkpoints/best.pt")["model"] for n in ("left", "held")))
+    told = [json.loads((here / f"{n}/evaluation.json").read_text()) for n in ("left", "held")]
+    for each in told:
+        del each["seconds"]
+    assert told[0] == told[1]
+    assert told[0]["num_images"] == 5
+    for command in (
+        "evaluate {} --num-particles 4 --split train",
+        "evaluate {} --num-particles 4 --split train --limit 7",
+        "score {} x.npy --num-particles 4",
+        "train --data x.npy --dry-run --out {}2",
+    ):
+        shown = [ok(command.format(name)).out for name in ("left", "held")]
+        assert shown[0].replace("left", "held") == shown[1] or "--dry-run" in command
+    ok("train --out left --resume --epochs 3 --workers 0 --quiet")
+    ok("train --out held --resume --epochs 3 --quiet")
+    _equal(*(load_checkpoint(here / f"{n}/checkpoints/last.pt")["model"] for n in ("left", "held")))
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ("--data x.npy --workers 2", "expected no --workers without --stream"),
+        ("--data x.npy --stream --workers -1", "--workers must be at least 0"),
+        ("--data digits --stream", "digits: expected no --stream"),
+        ("--data x.npy --stream --binarize static", "use dynamic or threshold".capitalize()),
+        ("--data x.npy --test-size 70", "expected more images"),
+    ],
+)
+def test_what_is_typed_wrongly(
+    flags: str, says: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refuse(f"train {flags}", says, here, capsys)
+
+
+def test_workers_are_shared_between_the_processes_of_a_machine(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)), raising=False)
+    assert streaming.default_workers() == 4
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert streaming.default_workers() == 3
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "40")
+    assert streaming.default_workers() == 1

@@ -86,7 +86,10 @@ class Loop:
         if not self._by_index():
             taken = [_share(index) for index in remaining if len(index) >= processes.count()]
             self._levels = self.data.train.read(taken)
-        yield from remaining
+        try:
+            yield from remaining
+        finally:
+            self._levels = iter(())  # ends the processes that read, if any do
 
     def _by_index(self) -> bool:
         """Whether the engine has the data, and is told which of them a batch is made of."""

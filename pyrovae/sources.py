@@ -144,7 +144,7 @@ def file(path: Path, stream: bool = False, workers: int | None = None) -> Source
     """
     try:
         if stream:
-            return _mapped(path, np.load(path, mmap_mode="r", allow_pickle=False), workers)
+            return _left(path, np.load(path, mmap_mode="r", allow_pickle=False), workers)
         if path.suffix == ".npy":
             streaming.check_memory(path.stat().st_size, path.name)
         with path.open("rb") as opened:  # NumPy leaves a damaged .npz open
@@ -172,14 +172,19 @@ def file(path: Path, stream: bool = False, workers: int | None = None) -> Source
         ) from error
 
 
-def _mapped(path: Path, found: np.ndarray, workers: int | None) -> Source:
+def _left(path: Path, found: np.ndarray, workers: int | None) -> Source:
     if found.dtype != np.uint8:
         raise InputError(
             f"{path.name}: expected uint8 images with --stream; got {found.dtype}. Save levels "
             "with images.astype('uint8'), or leave --stream out."
         )
+    if not found.flags.c_contiguous:
+        raise InputError(
+            f"{path.name}: expected an array in C order with --stream, whose images lie one after "
+            "the other; got Fortran order. Save numpy.ascontiguousarray(images)."
+        )
     shape = _channels_first(found, path.name).shape
-    images = streaming.MappedFile(path, found.ndim == 4 and shape != found.shape)
+    images = streaming.ArrayFile(path, found.ndim == 4 and shape != found.shape)
     return _streamed(images, None, path.name, workers)
 
 

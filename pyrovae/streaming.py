@@ -1,10 +1,14 @@
 """Images that stay where they are: read a batch at a time, by the processes of a `DataLoader`."""
 
 import hashlib
+import io
+import math
 import os
 import signal
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -31,26 +35,55 @@ class Images(Protocol):
         ...
 
 
-class MappedFile:
-    """The array of a .npy file, of which only what is asked for is read.
+class ArrayFile:
+    """The uint8 array of a .npy file in C order, of which only what is asked for is read.
 
+    A map of the file would be shorter, but reads tens of images around each from a disk.
     channels_last: the file holds (N, H, W, C); without a channel axis one is put in.
     """
 
     def __init__(self, path: Path, channels_last: bool = False):
-        self._made_of = (path, channels_last)
-        images = np.load(path, mmap_mode="r", allow_pickle=False)
-        if images.ndim == 3:
-            images = images[:, None]
-        self._images = images.transpose(0, 3, 1, 2) if channels_last else images
-        self.shape: tuple[int, ...] = self._images.shape
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        self._path = path
+        self._offset: int = array.offset
+        self._stored: tuple[int, ...] = array.shape
+        self._channels_last = channels_last
+        self.shape: tuple[int, ...] = self._arranged(array).shape
 
     def __getitem__(self, rows: np.ndarray) -> np.ndarray:
-        """The images of those rows."""
-        return np.ascontiguousarray(self._images[rows])
+        """The images of those rows; InputError where the file holds them no more."""
+        images = np.empty((len(rows), *self._stored[1:]), np.uint8)
+        size = math.prod(self._stored[1:])
+        done = 0
+        try:
+            # Opened anew each time, for processes that share an open file share their place in it.
+            with self._path.open("rb", buffering=0) as file:
+                if hasattr(os, "posix_fadvise"):
+                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+                for run in np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1):
+                    file.seek(self._offset + int(run[0]) * size)
+                    _fill(file, images[done : done + len(run)])
+                    done += len(run)
+        except OSError as error:
+            raise InputError(
+                f"{self._path.name}: expected the images that were there; it cannot be read any "
+                f"more ({error.strerror or error}). Put the file back as it was."
+            ) from error
+        return np.ascontiguousarray(self._arranged(images))
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return MappedFile, self._made_of  # a map would be sent to another process with all it holds
+    def _arranged(self, images: np.ndarray) -> np.ndarray:
+        if images.ndim == 3:
+            return images[:, None]
+        return images.transpose(0, 3, 1, 2) if self._channels_last else images
+
+
+def _fill(file: io.RawIOBase, images: np.ndarray) -> None:
+    rest = images.data.cast("B")
+    while rest:  # one call reads 2 GB at most
+        got = file.readinto(rest)
+        if not got:
+            raise OSError("it is shorter than it was")
+        rest = rest[got:]
 
 
 class Items:
@@ -167,10 +200,31 @@ def fetch(images: Images, batches: Sequence[np.ndarray], workers: int) -> Iterat
         # What the images raise is told as caught; the rest is of a process that cannot be reached.
         if workers == 0 or str(error).startswith("Caught "):
             raise
-        raise InputError(
-            "expected the processes that read the images to go on; one was ended, perhaps for want "
-            "of memory. Give --workers 0, and the training process reads them itself."
-        ) from None
+        with suppress(RuntimeError):  # which the news of its end may raise too, a moment later
+            time.sleep(0.1)
+        raise _lost() from None
+
+
+@contextmanager
+def told() -> Iterator[None]:
+    """Tell of a reading process that was ended in one line, wherever the news arrives.
+
+    A `DataLoader` raises it out of a signal handler: between any two lines of this process.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise _lost() from None
+
+
+def _lost() -> InputError:
+    return InputError(
+        "expected the processes that read the images to go on; one was ended, perhaps for want of "
+        "memory. Give --workers 0, and the training process reads them itself; what was saved is "
+        "good."
+    )
 
 
 class _Batches(Dataset):

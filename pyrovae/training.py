@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from pyro.infer import ELBO, SVI
 
-from pyrovae import compiling, engines, objectives, processes
+from pyrovae import compiling, engines, objectives, processes, streaming
 from pyrovae.acceleration import CompiledSVI
 from pyrovae.data import Data, Split, StreamedSplit
 from pyrovae.errors import InputError
@@ -186,6 +186,7 @@ def fit(
 
     with ExitStack() as scope:
         scope.enter_context(scoped_globals(seed))
+        scope.enter_context(streaming.told())
         loop.engine, engine_line = _engine(
             engine,
             epochs * steps_per_epoch,

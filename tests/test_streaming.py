@@ -3,7 +3,9 @@
 import json
 import os
 import pickle
+import re
 import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -136,10 +138,11 @@ def test_nothing_is_held_and_nothing_is_sent(tmp_path: Path) -> None:
         next(streaming.fetch(images, [np.array([4, 2])], 0))[0, 0], torch.from_numpy(GREY[4])
     )
     assert seen == [4, 2]
-    mapped = streaming.MappedFile(_npy(tmp_path, COLOUR), channels_last=True)
-    sent = pickle.dumps(mapped)
+    file = streaming.ArrayFile(_npy(tmp_path, COLOUR), channels_last=True)
+    sent = pickle.dumps(file)
     assert len(sent) < 500  # bytes, where the images are 3,600
-    assert np.array_equal(pickle.loads(sent)[np.array([9])], mapped[np.array([9])])
+    rows = np.array([9, 10, 11, 4, 4, 3, 59])
+    assert np.array_equal(pickle.loads(sent)[rows], COLOUR[rows].transpose(0, 3, 1, 2))
     left = load(tmp_path / "x.npy", stream=True, workers=0).train
     assert not hasattr(left, "raw")
     assert left.to("cpu") is left
@@ -148,9 +151,10 @@ def test_nothing_is_held_and_nothing_is_sent(tmp_path: Path) -> None:
 
 def test_an_epoch_that_is_left_ends_its_processes(tmp_path: Path) -> None:
     left = load(_folder(tmp_path, GREY), stream=True, workers=2).train
+    others = _children()
     read = left.read(list(torch.arange(40).split(1)))
     next(read)
-    workers = _children()
+    workers = _children() - others
     assert len(workers) == 2
     read.close()  # type: ignore[attr-defined]
     assert not workers & _children()
@@ -236,7 +240,9 @@ def test_a_streamed_run_resumes_exactly(engine: str, tmp_path: Path) -> None:
     metrics, weights = _trained(left, **settings)
     steps = iter([False] * 6 + [True])  # within the second epoch
     run = tmp_path / "run"
+    others = _children()
     _trained(left, run=run, should_stop=lambda: next(steps), **settings)
+    assert _children() <= others
     state = load_checkpoint(run / "checkpoints/last.pt")["state"]
     assert (state["epoch"], state["step_in_epoch"]) == (1, 2)
     none_ahead = load(tmp_path / "x.npy", binarize="dynamic", stream=True, workers=0)
@@ -288,6 +294,10 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "floats": (lambda p: load(_npy(p, GREY / 255), stream=True), "uint8.*leave --stream out"),
     "workers": (lambda p: load(_npy(p, GREY), workers=2), "--stream"),
     "fewer": (lambda p: load(_npy(p, GREY), stream=True, workers=-1), "--workers"),
+    "Fortran": (
+        lambda p: load(_npy(p, np.asfortranarray(GREY)), stream=True),
+        "ascontiguousarray",
+    ),
     "shape": (lambda p: load(_npy(p, GREY[None]), stream=True), "expected shape"),
     "no images": (lambda p: load(_npy(p, GREY[:0]), stream=True), "cannot be read|at least one"),
     "two sizes": (
@@ -343,6 +353,19 @@ def test_an_image_that_is_lost_while_training_is_one_line(tmp_path: Path) -> Non
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_file_that_is_lost_while_training_is_one_line(workers: int, tmp_path: Path) -> None:
+    left = load(_npy(tmp_path, GREY), stream=True, workers=workers).train
+    file = tmp_path / "x.npy"
+    file.write_bytes(file.read_bytes()[: -20 * 30])  # the last half of the images
+    with pytest.raises(InputError, match=r"^x\.npy: .*shorter than it was") as caught:
+        list(left.read([torch.arange(len(left))]))
+    assert "\n" not in str(caught.value)
+    file.unlink()
+    with pytest.raises(InputError, match=r"^x\.npy: .*No such file"):
+        list(left.read([torch.arange(3)]))
+
+
 def _ended(row: int) -> np.ndarray:
     if row == 30:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -353,6 +376,24 @@ def test_a_reader_that_is_killed_is_one_line() -> None:
     images = streaming.Items(_ended, (60, 1, 5, 4))
     with pytest.raises(InputError, match="--workers 0"):
         list(streaming.fetch(images, list(np.arange(60).reshape(-1, 1)), 1))
+
+
+def test_a_reader_that_is_killed_within_a_step_is_one_line(tmp_path: Path) -> None:
+    left = load(_npy(tmp_path, GREY), binarize="dynamic", stream=True, workers=1)
+    steps, others = 0, _children()
+
+    def kill() -> bool:
+        nonlocal steps
+        steps += 1
+        if steps == 2:  # all batches have been read; the news comes between two lines of this
+            time.sleep(0.5)
+            (worker,) = _children() - others
+            os.kill(worker, signal.SIGKILL)
+            time.sleep(0.5)
+        return False
+
+    with pytest.raises(InputError, match=r"--workers 0.*what was saved is good"):
+        _trained(left, engine="svi", should_stop=kill, batch_size=16)
 
 
 def _failing(row: int) -> np.ndarray:
@@ -368,10 +409,10 @@ def test_what_a_dataset_raises_itself_is_not_renamed() -> None:
 def test_an_interrupt_does_not_end_the_readers(tmp_path: Path) -> None:
     """A key sends its signal to all processes of a terminal: those that read must go on."""
     left = load(_folder(tmp_path, GREY), stream=True, workers=1).train
-    batches = list(torch.arange(40).split(1))
+    batches, others = list(torch.arange(40).split(1)), _children()
     read = left.read(batches)
     got = [next(read)]
-    for worker in _children():
+    for worker in _children() - others:
         os.kill(worker, signal.SIGINT)
     got += read
     assert len(got) == 40
@@ -403,10 +444,12 @@ def test_commands_on_a_streamed_run(here: Path) -> None:
         "evaluate {} --num-particles 4 --split train",
         "evaluate {} --num-particles 4 --split train --limit 7",
         "score {} x.npy --num-particles 4",
-        "train --data x.npy --dry-run --out {}2",
     ):
-        shown = [ok(command.format(name)).out for name in ("left", "held")]
-        assert shown[0].replace("left", "held") == shown[1] or "--dry-run" in command
+        shown = [re.sub(r"[\d.]+ s on cpu", "", ok(command.format(n))) for n in ("left", "held")]
+        assert shown[0].replace("left", "held") == shown[1]
+        assert "log p(x)" in shown[0] or "score" in command
+    left, held = (ok(f"train --data x.npy {more} --dry-run") for more in ("--stream", ""))
+    assert "240 B of data" in left and "1 kB of data" in held
     ok("train --out left --resume --epochs 3 --workers 0 --quiet")
     ok("train --out held --resume --epochs 3 --quiet")
     _equal(*(load_checkpoint(here / f"{n}/checkpoints/last.pt")["model"] for n in ("left", "held")))

@@ -5,6 +5,8 @@ Without torchrun there is one process, and every function here says so and does 
 
 import importlib
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -67,9 +69,35 @@ def joined(device: str = "auto") -> Iterator[None]:
     # Both, for a run may be resumed on the CPU although there is CUDA.
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     try:
-        yield
+        with _told_to_end():
+            yield
     finally:
         dist.destroy_process_group()
+
+
+@contextmanager
+def _told_to_end() -> Iterator[None]:
+    """Say in one line that torchrun ends this process, as it does when another has ended.
+
+    A process that waits for the others notices by itself; one that is at work on its own share is
+    only told, and would end without a word. Whoever handles the signal otherwise is left to it.
+    """
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, _end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _end(*_: object) -> None:
+    raise ProcessLostError(
+        f"process {rank()} of {count()} was told to end, as all are when one has ended; what was "
+        "saved is good: start the same command again, a training with --resume"
+    )
 
 
 def add(values: Tensor) -> Tensor:
@@ -113,6 +141,8 @@ def _running() -> bool:
 def _guarded(call: Callable[[], Any]) -> None:
     try:
         call()
+    except ProcessLostError:
+        raise
     except RuntimeError as error:
         reason = str(error).strip().split("\n")[0][:120]
         raise ProcessLostError(

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tiny import tiny_config, tiny_data, tiny_vae, traced_svi
@@ -262,6 +263,67 @@ def test_a_process_that_dies_ends_the_job_and_the_run_resumes(tmp_path):
     status, _, err = finish(launch([*TRAIN, "--epochs", done + 1, "--out", out, "--resume"]))
     assert status == 0, err
     assert Run(out).read_metrics()[-1]["epoch"] == done + 1
+
+
+# The command, with a file for each process that has joined the others.
+JOINS = """
+import sys
+from pathlib import Path
+import torch.distributed as dist
+from pyrovae import cli
+
+start = dist.init_process_group
+
+def noted(*args, **options):
+    start(*args, **options)
+    Path(sys.argv[1], str(dist.get_rank())).touch()
+
+dist.init_process_group = noted
+sys.exit(cli.main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_in_an_evaluation_ends_it_with_a_line(trained, tmp_path):
+    """The other one is at work on its own images, and waits for nobody."""
+    script, there = tmp_path / "joins.py", tmp_path / "there"
+    script.write_text(JOINS)
+    there.mkdir()
+    command = [there, "evaluate", trained[0] / "two", "--num-particles", 10**7, "--device", "cpu"]
+    process = launch(command, program=[str(script)], start_new_session=True)
+    try:
+        deadline = time.monotonic() + 120
+        while len(list(there.iterdir())) < 2:
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.1)
+        time.sleep(5)
+        found = subprocess.run(
+            ["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True
+        )
+        os.kill(int(found.stdout.split()[-1]), signal.SIGKILL)
+        status, out, err = finish(process)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert (status, out) == (1, "")
+    lines = [line for line in err.splitlines() if line.startswith("pyrovae: ")]
+    assert len(lines) == 1 and "was told to end" in lines[0] and "again" in lines[0]
+
+
+@pytest.mark.slow
+def test_two_processes_read_their_own_images_from_disk(tmp_path):
+    """A last batch of one image is left out by both, held or streamed."""
+    images = torch.randint(0, 256, (98, 1, 4, 4), generator=torch.Generator().manual_seed(0))
+    np.save(tmp_path / "x.npy", images.to(torch.uint8).numpy())
+    command = [*TRAIN, "--data", tmp_path / "x.npy", "--batch-size", 79, "--epochs", 3]
+    command += ["--valid-size", 9, "--test-size", 9, "--engine", "svi"]
+    for name, more in (("held", []), ("left", ["--stream", "--workers", 1])):
+        status, _, err = finish(launch([*command, "--out", tmp_path / name, *more]))
+        assert status == 0, err
+    held, left = (load_checkpoint(tmp_path / n / "checkpoints/last.pt") for n in ("held", "left"))
+    assert held["state"]["step"] == left["state"]["step"] == 6
+    for name, t in held["model"].items():
+        assert torch.equal(t, left["model"][name]), name
 
 
 def test_a_parameter_that_no_program_uses_does_not_decay_between_two_graphs():

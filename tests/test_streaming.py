@@ -228,8 +228,12 @@ def _equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None
 def test_a_streamed_run_is_the_same_run(tmp_path: Path) -> None:
     held, left = _both(_npy(tmp_path, GREY), workers=2, binarize="dynamic")
     metrics, weights = _trained(held, engine="svi")
-    again, other = _trained(left, engine="svi")
+    others, reading = _children(), set()
+    again, other = _trained(
+        left, engine="svi", callback=lambda _: reading.update(_children() - others)
+    )
     assert again == metrics
+    assert not reading  # while nothing is read
     _equal(other, weights)
 
 
@@ -410,11 +414,15 @@ def test_an_interrupt_does_not_end_the_readers(tmp_path: Path) -> None:
     """A key sends its signal to all processes of a terminal: those that read must go on."""
     left = load(_folder(tmp_path, GREY), stream=True, workers=1).train
     batches, others = list(torch.arange(40).split(1)), _children()
-    read = left.read(batches)
-    got = [next(read)]
-    for worker in _children() - others:
-        os.kill(worker, signal.SIGINT)
-    got += read
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # pytest's workers ignore it
+    try:
+        read = left.read(batches)
+        got = [next(read)]
+        for worker in _children() - others:
+            os.kill(worker, signal.SIGINT)
+        got += read
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert len(got) == 40
 
 

@@ -11,10 +11,10 @@ from tiny import tiny_config, tiny_data, tiny_vae
 from torch import nn
 
 import pyrovae as pv
-from pyrovae import compiling, objectives
+from pyrovae import compiling, importance, objectives
 from pyrovae import config as cfg
 from pyrovae.errors import InputError, NonFiniteLossError
-from pyrovae.loop import Loop, State, copy_weights, first_bad_site
+from pyrovae.loop import Loop, State, copy_weights, first_bad_site, mix
 from pyrovae.optimizers import OPTIMIZERS, WholeModelOptimizer, learning_rate
 from pyrovae.runs import Run, load_checkpoint, save_checkpoint
 from pyrovae.training import fit, resolve_device
@@ -42,6 +42,22 @@ def test_loss_falls_and_the_best_weights_are_kept():
     assert [m["epoch"] for m in history.metrics] == list(range(1, 61))
     again = fit(vae, data, epochs=1, batch_size=8, lr=1e-30)  # validates the weights as they are
     assert again.best_elbo == pytest.approx(history.best_elbo, abs=1e-4)
+
+
+def test_validation_is_of_every_image_with_one_noise(monkeypatch):
+    """However the split is cut, and on the same x each time, where its x are drawn."""
+    vae, data = tiny_vae()
+    settings = {"epochs": 2, "lr": 1e-30, "seed": 3}
+    fixed = data.valid.tensor()
+    (terms,) = importance.chunks(vae.model, vae.guide, fixed, 1, chunk=1, seed=mix(3, "valid"))
+    history = fit(vae, data, **settings).metrics
+    monkeypatch.setattr(importance, "plan", lambda *_: importance.Plan(3, 1))
+    for metrics in (*history, *fit(vae, data, **settings).metrics):
+        assert metrics["valid_elbo"] == pytest.approx(float(terms.log_weights.mean()), rel=1e-6)
+    drawn = data._replace(valid=data.train)
+    assert drawn.valid.sampling == "bernoulli"
+    one, two = (m["valid_elbo"] for m in fit(vae, drawn, **settings).metrics)
+    assert one == two
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

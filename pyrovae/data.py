@@ -252,7 +252,7 @@ class StreamedSplit:
 
         Raises InputError for an image that cannot be read any more.
         """
-        rows = [self.rows[index.cpu()].numpy() for index in batches]
+        rows = [self.rows.index_select(0, index.cpu()).numpy() for index in batches]
         return streaming.fetch(self.images, rows, self.workers)
 
     def drawn(self, raw: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -263,15 +263,24 @@ class StreamedSplit:
 
     def batch(self, index: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """The x at ``index`` ``(n,)``; drawn anew from ``generator`` unless the split is fixed."""
-        rows = self.rows[index.cpu()].numpy()
-        return self.drawn(torch.from_numpy(self.images[rows]), generator)
+        rows = self.rows.index_select(0, index.cpu()).numpy()
+        if not self.images.apart:
+            return self.drawn(torch.from_numpy(self.images[rows]), generator)
+        (raw,) = streaming.fetch(self.images, [rows], min(self.workers, 1))
+        return self.drawn(raw, generator)
 
     def every_level(self) -> Tensor:
-        """Some x that have all the values that any x of this split can have, ``(n, *x_shape)``."""
+        """Some x of every level that occurs, ``(n, *x_shape)``; drawn ones from a fixed seed.
+
+        Binarised ones are 0 and 1, whatever the levels.
+        """
         shape = self.x_shape
         size = math.prod(shape)
-        count = -(-len(self.found) // size)
-        return self.drawn(self.found.repeat(size)[: count * size].reshape(count, *shape))
+        binary = self.cut or self.sampling == "bernoulli"
+        values = torch.tensor([0, self.levels], dtype=torch.uint8) if binary else self.found
+        count = -(-len(values) // size)
+        raw = values[torch.arange(count * size) % len(values)].reshape(count, *shape)
+        return self.drawn(raw, torch.Generator().manual_seed(0))
 
     def head(self, n: int) -> Split:
         """The first ``n`` images, held. Raises InputError if n < 1, or if they do not fit."""
@@ -279,7 +288,8 @@ class StreamedSplit:
             raise InputError(f"expected at least 1 image; got {n}. Give --limit 1 or more.")
         rows, levels, what = self.rows[:n], self.levels, f"{self.protocol.data}, {self.name}"
         shorter: dict[str, Any] = {f"{self.name}_size": len(rows)}
-        raw = torch.from_numpy(_held(self.images, rows.numpy(), self.workers, what))
+        remedy = "Give --limit, or another --split."
+        raw = torch.from_numpy(_held(self.images, rows.numpy(), self.workers, what, remedy))
         if self.cut:
             raw, levels = (raw > levels / 2).to(torch.uint8), 1
         protocol = replace(self.protocol, **shorter)
@@ -338,8 +348,9 @@ def load(
     root: the folder of downloaded sets; by default $PYROVAE_DATA, else ``data``.
     seed: of everything sampled once, and of the split where the publishers made none.
     stream: leave the training images of a folder or a .npy on disk: a `StreamedSplit`, of the same
-    protocol. They are looked through once here. workers: processes that read them ahead; None: one
-    for each core, at most 4.
+    protocol. They are looked through once here, for fingerprint and levels. workers: processes that
+    read them ahead; None: one for each core, at most 4. (Where processes are spawned, as on macOS,
+    each pass takes seconds to start them: 0 is better for what is soon read.)
     Raises InputError for an unknown name, unreadable files, images that do not fit into memory, or
     options that do not fit the data.
     """
@@ -366,7 +377,7 @@ def load(
                 f"expected an image size of 1 or more; got {image_size}. Set --image-size."
             )
         options["image_size"] = image_size
-    options |= _streaming(name, stream, workers, "stream" in entry.options)
+    options |= _streaming(name, stream, workers, binarize, "stream" in entry.options)
     source = entry.read(**options)
     label = name if name in REGISTRY else Path(name).resolve().name
     return _data(source, label, binarize, dequantize, seed, valid_size, test_size)
@@ -413,7 +424,8 @@ def from_dataset(
 
     dataset: its items are images, or tuples that begin with one: PIL images, or uint8 as arrays or
     tensors (H, W), (H, W, C), (C, H, W) with C 1 or 3, or (F,). The same item must be the same
-    image each time: augmentation would have no likelihood.
+    image each time: augmentation would have no likelihood. With workers, none is read in this
+    process, so that a file which the data set opens when it is first asked is opened by each.
 
     >>> images = torch.randint(0, 256, (40, 1, 4, 4), dtype=torch.uint8)
     >>> from_dataset(torch.utils.data.TensorDataset(images), stream=True, workers=0).train
@@ -421,12 +433,14 @@ def from_dataset(
 split by seed 0>
     """
     _check_words(binarize, dequantize)
-    options = _streaming(name, stream, workers, True)
+    options = _streaming(name, stream, workers, binarize, True)
     source = sources.dataset(dataset, levels, name, **options)
     return _data(source, name, binarize, dequantize, seed, valid_size, test_size)
 
 
-def _streaming(name: str, stream: bool, workers: int | None, possible: bool) -> dict[str, Any]:
+def _streaming(
+    name: str, stream: bool, workers: int | None, binarize: str, possible: bool
+) -> dict[str, Any]:
     """The options of a reader that can leave images where they are."""
     if workers is not None and not stream:
         raise InputError(
@@ -439,6 +453,11 @@ def _streaming(name: str, stream: bool, workers: int | None, possible: bool) -> 
         raise InputError(
             f"{name}: expected no --stream, for only a folder of images or a .npy can be left on "
             "disk; got it. Leave it out, or save the images with numpy.save."
+        )
+    if stream and binarize == "static":
+        raise InputError(
+            f"{name}: expected images that need not be kept for --stream; got --binarize static, "
+            "which draws each once. Use another --binarize, or leave --stream out."
         )
     return {"stream": True, "workers": workers} if stream else {}
 
@@ -532,11 +551,6 @@ def _data(
             f"{name}: expected images on levels for --dequantize {dequantize}; got real values "
             "without a grid. Use --dequantize none, or give the levels as uint8."
         )
-    if source.contents is not None and binarize == "static":
-        raise InputError(
-            f"{name}: expected images that need not be kept for --stream; got --binarize static, "
-            "which draws each once. Use dynamic or threshold, or leave --stream out."
-        )
     rows = _rows(source, name, seed, valid_size, test_size)
     protocol = Protocol(
         data=name,
@@ -605,7 +619,8 @@ def _split(source: Source, protocol: Protocol, which: int, rows: np.ndarray) -> 
     binarize, levels, name = protocol.binarize, source.levels, SPLITS[which]
     contiguous = bool((np.diff(rows) == 1).all())
     if not isinstance(source.images, np.ndarray):
-        raw = _held(source.images, rows, source.workers, f"{protocol.data}, {name}")
+        what, remedy = f"{protocol.data}, {name}", f"Set a smaller --{name}-size."
+        raw = _held(source.images, rows, source.workers, what, remedy)
     elif contiguous:
         raw = source.images[rows[0] : rows[-1] + 1]
     else:
@@ -628,8 +643,11 @@ def _split(source: Source, protocol: Protocol, which: int, rows: np.ndarray) -> 
     )
 
 
-def _held(images: streaming.Images, rows: np.ndarray, workers: int, what: str) -> np.ndarray:
-    streaming.check_memory(len(rows) * math.prod(images.shape[1:]), what)
+def _held(
+    images: streaming.Images, rows: np.ndarray, workers: int, what: str, remedy: str
+) -> np.ndarray:
+    # A byte a number, and four once they are x in float32.
+    streaming.check_memory(5 * len(rows) * math.prod(images.shape[1:]), what, remedy)
     return streaming.gather(images, rows, workers)
 
 
@@ -642,6 +660,7 @@ def _sampling(protocol: Protocol) -> Literal["fixed", "bernoulli", "uniform"]:
 
 def _streamed(source: Source, protocol: Protocol, rows: np.ndarray) -> StreamedSplit:
     assert source.contents is not None and source.levels is not None
+    assert not isinstance(source.images, np.ndarray)
     return StreamedSplit(
         SPLITS[0],
         protocol,

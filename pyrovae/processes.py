@@ -144,6 +144,8 @@ def _guarded(call: Callable[[], Any]) -> None:
     except ProcessLostError:
         raise
     except RuntimeError as error:
+        if str(error).startswith("DataLoader worker"):  # raised between any two lines
+            raise
         reason = str(error).strip().split("\n")[0][:120]
         raise ProcessLostError(
             f"process {rank()} of {count()} lost the others ({reason}); what was saved is good: "

@@ -167,7 +167,7 @@ def train_flags(config: cfg.TrainConfig) -> str:
         value = getattr(config, f.name)
         default = f.default if f.default is not dataclasses.MISSING else {}
         # A preset's settings are among the others, and would bring back what was set to a default.
-        if f.name == "preset":
+        if f.name in ("preset", "workers"):  # and these are of one machine
             continue
         if value != default or f.name in ("data", "likelihood", "epochs", "seed"):
             kept[f.name] = value

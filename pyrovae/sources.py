@@ -15,6 +15,7 @@ import numpy as np
 from pyrovae import streaming
 from pyrovae.errors import InputError
 
+_LEAVE = "Give fewer images, or leave those of a training on disk with --stream."
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 
 
@@ -97,21 +98,29 @@ def dataset(
     An image is a PIL image, or uint8 as an array or a tensor: (H, W), (H, W, C), (C, H, W) with C 1
     or 3, or (F,). Raises InputError for another, and where two have not one shape.
     """
+    if not hasattr(items, "__len__") or not hasattr(items, "__getitem__"):
+        raise InputError(
+            f"{what}: expected a map-style data set, with __len__ and __getitem__; got "
+            f"{type(items).__name__}. Give such a torch.utils.data.Dataset."
+        )
     if len(items) == 0:
         raise InputError(f"{what}: expected at least one image; got none. Check the data set.")
-    shape = _item(items, None, what, 0).shape
-    images = streaming.Items(partial(_item, items, shape, what), (len(items), *shape))
+    reading = streaming.default_workers() if workers is None else workers
+    reading = reading if stream else 0
+    shape = streaming.shape_of(partial(_item, items, None, what), reading)
+    images = streaming.Items(partial(_item, items, shape, what), (len(items), *shape), apart=True)
     if stream:
-        return _streamed(images, levels, what, workers)
-    streaming.check_memory(math.prod(images.shape), what)
-    return array(images[np.arange(len(items))], levels=levels, what=what)
+        return _streamed(images, levels, what, reading)
+    streaming.check_memory(math.prod(images.shape), what, _LEAVE)
+    return array(streaming.gather(images, np.arange(len(items)), 0), levels=levels, what=what)
 
 
 def _item(items: Any, shape: tuple[int, ...] | None, what: str, row: int) -> np.ndarray:
     image = items[row]
     image = image[0] if isinstance(image, (tuple, list)) else image
     if hasattr(image, "convert"):  # a PIL image
-        image = np.asarray(image.convert("L" if image.mode in ("1", "L") else "RGB"))
+        image = _eight_bits(image, f"{what}, item {row}")
+        image = np.asarray(image.convert("L" if image.mode in ("1", "L", "LA") else "RGB"))
     image = _numpy(image, f"{what}, item {row}")
     if image.dtype != np.uint8:
         raise InputError(
@@ -142,11 +151,11 @@ def file(path: Path, stream: bool = False, workers: int | None = None) -> Source
 
     stream: leave a .npy of uint8 where it is.
     """
+    if stream:
+        return _left(path, workers)
     try:
-        if stream:
-            return _left(path, np.load(path, mmap_mode="r", allow_pickle=False), workers)
         if path.suffix == ".npy":
-            streaming.check_memory(path.stat().st_size, path.name)
+            streaming.check_memory(path.stat().st_size, path.name, _LEAVE)
         with path.open("rb") as opened:  # NumPy leaves a damaged .npz open
             # allow_pickle=False: a pickle can run any program it likes when opened.
             loaded = np.load(opened, allow_pickle=False)
@@ -166,17 +175,33 @@ def file(path: Path, stream: bool = False, workers: int | None = None) -> Source
     except InputError:
         raise
     except Exception as error:  # zipfile, zlib, struct and numpy each raise their own kind
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> InputError:
+    return InputError(
+        f"{path.name}: expected a NumPy file of numbers; it cannot be read "
+        f"({_first_line(error)}). Save it again with numpy.savez, without objects."
+    )
+
+
+def _left(path: Path, workers: int | None) -> Source:
+    """The source of a .npy that is left where it is."""
+    try:
+        found = np.load(path, mmap_mode="r", allow_pickle=False)
+    except Exception as error:  # as above
+        raise _unreadable(path, error) from error
+    if not isinstance(found, np.ndarray):
+        found.close()
         raise InputError(
-            f"{path.name}: expected a NumPy file of numbers; it cannot be read "
-            f"({_first_line(error)}). Save it again with numpy.savez, without objects."
-        ) from error
-
-
-def _left(path: Path, found: np.ndarray, workers: int | None) -> Source:
+            f"{path.name}: expected a .npy with --stream; got several arrays in one file. Save one "
+            "with numpy.save, or leave --stream out."
+        )
     if found.dtype != np.uint8:
         raise InputError(
-            f"{path.name}: expected uint8 images with --stream; got {found.dtype}. Save levels "
-            "with images.astype('uint8'), or leave --stream out."
+            f"{path.name}: expected uint8 images with --stream; got {found.dtype}. Save their "
+            "levels (of numbers in [0, 1]: (255 * images).round().astype('uint8')), or leave "
+            "--stream out."
         )
     if not found.flags.c_contiguous:
         raise InputError(
@@ -210,8 +235,8 @@ def folder(
     read = partial(_picture, paths, image_size, (height, width), 3)
     images = streaming.Items(read, (len(paths), 3, height, width))
     if not stream:
-        streaming.check_memory(math.prod(images.shape), path.name)
-        stack = images[np.arange(len(paths))]
+        streaming.check_memory(math.prod(images.shape), path.name, _LEAVE)
+        stack = streaming.gather(images, np.arange(len(paths)), 0)
         if (stack == stack[:, :1]).all():
             stack = np.ascontiguousarray(stack[:, :1])
         return Source(stack, levels=255)
@@ -235,6 +260,11 @@ def _picture(
             f"{paths[row].name}: expected {w0}×{h0} pixels like {paths[0].name}; got {w}×{h}. "
             "Bring all to one size with --image-size, such as --image-size 64."
         )
+    if channels == 1 and (image != image[..., :1]).any():
+        raise InputError(
+            f"{paths[row].name}: expected a grey image, as all were when they were looked through; "
+            "got a coloured one. Put it back as it was, or start again."
+        )
     return image[..., :channels].transpose(2, 0, 1)
 
 
@@ -257,19 +287,7 @@ def open_image(path: Path, image_size: int | None) -> np.ndarray:
         with Image.open(path) as opened:
             image = ImageOps.exif_transpose(opened)
             image.load()
-            # 16- and 32-bit modes would lose their lower bits without a word.
-            if image.mode.startswith(("I", "F")):
-                raise InputError(
-                    f"{path.name}: expected 8 bits a channel; got mode {image.mode}. "
-                    "Convert it to 8 bits, or store the images as floats in a .npz."
-                )
-            alpha = image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
-            if alpha and np.asarray(image.convert("RGBA"))[..., 3].min() < 255:
-                raise InputError(
-                    f"{path.name}: expected opaque pixels; got transparent ones. "
-                    "Flatten the image on a background of your choice."
-                )
-            image = image.convert("RGB")
+            image = _eight_bits(image, path.name).convert("RGB")
     except InputError:
         raise
     except Exception as error:  # each format's decoder raises its own kind
@@ -278,6 +296,23 @@ def open_image(path: Path, image_size: int | None) -> np.ndarray:
             "Repair it or move it out of the folder."
         ) from error
     return np.asarray(image if image_size is None else fit_square(image, image_size))
+
+
+def _eight_bits(image: Any, what: str) -> Any:
+    """A PIL image as it is, if nothing of it is lost as 8 bits a channel without transparency."""
+    # 16- and 32-bit modes would lose their lower bits without a word.
+    if image.mode.startswith(("I", "F")):
+        raise InputError(
+            f"{what}: expected 8 bits a channel; got mode {image.mode}. "
+            "Convert it to 8 bits, or store the images as floats in a .npz."
+        )
+    alpha = image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
+    if alpha and np.asarray(image.convert("RGBA"))[..., 3].min() < 255:
+        raise InputError(
+            f"{what}: expected opaque pixels; got transparent ones. "
+            "Flatten the image on a background of your choice."
+        )
+    return image
 
 
 def _numpy(images: Any, what: str) -> np.ndarray:

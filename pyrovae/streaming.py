@@ -17,11 +17,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from pyrovae.errors import InputError
+from pyrovae.errors import InputError, ProcessLostError
 
-# Images that are read at once where there are no batches.
-_BLOCK = 256
+# Bytes that are read at once where there are no batches: some of them wait in shared memory, which
+# may be little.
+_BLOCK = 4_000_000
 _MOST_WORKERS = 4
+_LEFT = (signal.SIGINT, signal.SIGTERM)
 
 
 class Images(Protocol):
@@ -29,6 +31,8 @@ class Images(Protocol):
 
     shape: tuple[int, ...]
     """(N, *x_shape)."""
+    apart: bool
+    """Whether only one process may read, be it this one or each that was started for it."""
 
     def __getitem__(self, rows: np.ndarray) -> np.ndarray:
         """The images of those rows (n,): (n, *x_shape)."""
@@ -42,22 +46,29 @@ class ArrayFile:
     channels_last: the file holds (N, H, W, C); without a channel axis one is put in.
     """
 
+    apart = False
+
     def __init__(self, path: Path, channels_last: bool = False):
         array = np.load(path, mmap_mode="r", allow_pickle=False)
         self._path = path
         self._offset: int = array.offset
         self._stored: tuple[int, ...] = array.shape
         self._channels_last = channels_last
+        self._state = _state(os.stat(path))
         self.shape: tuple[int, ...] = self._arranged(array).shape
 
     def __getitem__(self, rows: np.ndarray) -> np.ndarray:
         """The images of those rows; InputError where the file holds them no more."""
         images = np.empty((len(rows), *self._stored[1:]), np.uint8)
+        if not len(rows):
+            return self._arranged(images)
         size = math.prod(self._stored[1:])
         done = 0
         try:
             # Opened anew each time, for processes that share an open file share their place in it.
             with self._path.open("rb", buffering=0) as file:
+                if _state(os.fstat(file.fileno())) != self._state:
+                    raise OSError("it has changed since")
                 if hasattr(os, "posix_fadvise"):
                     os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
                 for run in np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1):
@@ -77,6 +88,10 @@ class ArrayFile:
         return images.transpose(0, 3, 1, 2) if self._channels_last else images
 
 
+def _state(found: os.stat_result) -> tuple[int, int]:
+    return found.st_size, found.st_mtime_ns
+
+
 def _fill(file: io.RawIOBase, images: np.ndarray) -> None:
     rest = images.data.cast("B")
     while rest:  # one call reads 2 GB at most
@@ -90,11 +105,15 @@ class Items:
     """Images that ``read`` gives one by one, uint8 of the shape that ``shape`` (N, *x_shape) says.
 
     A method of a class, or a partial of a function, can be sent to another process; a lambda not.
+    apart: it may hold an open file, whose place in it processes would share.
     """
 
-    def __init__(self, read: Callable[[int], np.ndarray], shape: tuple[int, ...]):
+    def __init__(
+        self, read: Callable[[int], np.ndarray], shape: tuple[int, ...], apart: bool = False
+    ):
         self._read = read
         self.shape = shape
+        self.apart = apart
 
     def __getitem__(self, rows: np.ndarray) -> np.ndarray:
         """The images of those rows."""
@@ -102,6 +121,26 @@ class Items:
         for i, row in enumerate(rows):
             images[i] = self._read(int(row))
         return images
+
+
+def shape_of(read: Callable[[int], np.ndarray], workers: int) -> tuple[int, ...]:
+    """The shape of the first image, read where the others will be."""
+    with told():
+        (shape,) = fetch(_First(read), [np.array([0])], min(workers, 1))
+    return tuple(shape.tolist())
+
+
+class _First:
+    """As "images", the shape of the first image."""
+
+    shape: tuple[int, ...] = (1, 1)
+    apart = True
+
+    def __init__(self, read: Callable[[int], np.ndarray]):
+        self._read = read
+
+    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
+        return np.array(self._read(int(rows[0])).shape)
 
 
 class Contents(NamedTuple):
@@ -123,26 +162,34 @@ def contents(images: Images, workers: int) -> Contents:
     whole = _digest(images.shape)
     first = _digest((images.shape[0], 1, *images.shape[2:]))
     found, grey = np.zeros(256, bool), True
-    for block in fetch(images, _blocks(np.arange(images.shape[0])), workers):
-        levels = block.numpy()
-        found |= np.bincount(levels.ravel(), minlength=256) > 0
-        whole.update(levels.data)
-        if colours and grey:
-            grey = bool((levels == levels[:, :1]).all())
-            first.update(np.ascontiguousarray(levels[:, :1]).data)
+    with told():
+        for block in fetch(images, _blocks(images, np.arange(images.shape[0])), workers):
+            levels = block.numpy()
+            found |= np.bincount(levels.ravel(), minlength=256) > 0
+            whole.update(levels.data)
+            if colours and grey:
+                grey = bool((levels == levels[:, :1]).all())
+                first.update(np.ascontiguousarray(levels[:, :1]).data)
     return Contents(np.flatnonzero(found), grey, whole.hexdigest(), first.hexdigest())
 
 
 def gather(images: Images, rows: np.ndarray, workers: int) -> np.ndarray:
     """The images of those rows, held: uint8 (n, *x_shape)."""
     held = np.empty((len(rows), *images.shape[1:]), np.uint8)
-    for i, block in enumerate(fetch(images, _blocks(rows), workers)):
-        held[i * _BLOCK : (i + 1) * _BLOCK] = block.numpy()
+    blocks = _blocks(images, rows)
+    if len(blocks) == 1 and not images.apart:
+        workers = 0  # sooner done than another process is started
+    done = 0
+    with told():
+        for block in fetch(images, blocks, workers):
+            held[done : done + len(block)] = block.numpy()
+            done += len(block)
     return held
 
 
-def _blocks(rows: np.ndarray) -> list[np.ndarray]:
-    return np.split(rows, range(_BLOCK, len(rows), _BLOCK))
+def _blocks(images: Images, rows: np.ndarray) -> list[np.ndarray]:
+    size = max(1, _BLOCK // math.prod(images.shape[1:]))
+    return np.split(rows, range(size, len(rows), size))
 
 
 def fingerprint(*arrays: np.ndarray) -> str:
@@ -173,8 +220,8 @@ def fetch(images: Images, batches: Sequence[np.ndarray], workers: int) -> Iterat
         workers: processes that read ahead, two batches each; 0: none, and nothing is read ahead.
 
     Raises:
-        InputError: for an image that cannot be read, or is not like the others; and if a process
-            that reads is ended.
+        InputError: for an image that cannot be read, or is not like the others.
+        ProcessLostError: if a process that reads was ended.
     """
     with warnings.catch_warnings():
         # From Python 3.12 on a fork is warned of where there are threads: these processes read
@@ -190,7 +237,8 @@ def fetch(images: Images, batches: Sequence[np.ndarray], workers: int) -> Iterat
             # Else each pass would draw a number from torch's own stream.
             generator=torch.Generator(),
         )
-        read = iter(loader)
+        with _signals_held():
+            read = iter(loader)
     try:
         for batch in read:
             if isinstance(batch, str):
@@ -203,6 +251,8 @@ def fetch(images: Images, batches: Sequence[np.ndarray], workers: int) -> Iterat
         with suppress(RuntimeError):  # which the news of its end may raise too, a moment later
             time.sleep(0.1)
         raise _lost() from None
+    finally:
+        del read, loader  # an exception that is kept would keep the processes
 
 
 @contextmanager
@@ -219,11 +269,10 @@ def told() -> Iterator[None]:
         raise _lost() from None
 
 
-def _lost() -> InputError:
-    return InputError(
-        "expected the processes that read the images to go on; one was ended, perhaps for want of "
-        "memory. Give --workers 0, and the training process reads them itself; what was saved is "
-        "good."
+def _lost() -> ProcessLostError:
+    return ProcessLostError(
+        "a process that reads the images was ended, perhaps for want of memory; start the same "
+        "command again with --workers 0, a training with --resume"
     )
 
 
@@ -240,26 +289,42 @@ class _Batches(Dataset):
             return str(error)
 
 
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """Start processes that no signal ends before they leave all signals to this one."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _LEFT)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _leave_signals(_: int) -> None:
-    """A key that interrupts is meant for the training, which ends these processes itself."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    """What stops a run is sent to all of its processes, and the training ends these itself."""
+    for each in _LEFT:
+        signal.signal(each, signal.SIG_IGN)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _LEFT)
 
 
 def default_workers() -> int:
     """One for each core of this process, of several on one machine its share; 1 to 4."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    beside = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return min(max((cores or 1) // max(beside, 1), 1), _MOST_WORKERS)
+    beside = os.environ.get("LOCAL_WORLD_SIZE", "")
+    share = (cores or 1) // max(int(beside) if beside.isdecimal() else 1, 1)
+    return min(max(share, 1), _MOST_WORKERS)
 
 
-def check_memory(num_bytes: int, what: str) -> None:
+def check_memory(num_bytes: int, what: str, remedy: str) -> None:
     """Raise InputError if so much is more than the memory that is free, where that is known."""
     free = _free_memory()
     if free is not None and num_bytes > free:
         raise InputError(
-            f"{what}: expected images that fit into memory; got {num_bytes / 1e9:.1f} GB, and "
-            f"{free / 1e9:.1f} GB are free. Leave them on disk with --stream."
+            f"{what}: expected images that fit into memory; got {num_bytes / 1e9:.3g} GB, and "
+            f"{free / 1e9:.3g} GB are free. {remedy}"
         )
 
 

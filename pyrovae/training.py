@@ -369,15 +369,15 @@ def check_continuable(done: int, best_epoch: int, epochs: int, validate_every: i
 
 def check_data(likelihood: Any, data: Data) -> None:
     """Refuse data outside the likelihood's support, before the first step."""
-    for split in (data.valid, data.test):
-        likelihood.check(split.tensor())
+    held = [data.valid, data.test]
     if isinstance(data.train, StreamedSplit):  # to read them all once more would take its time
         likelihood.check(data.train.every_level())
-        return
-    index = torch.arange(len(data.train))
+    else:
+        held.append(data.train)
     generator = torch.Generator().manual_seed(0)
-    for part in index.split(4096):
-        likelihood.check(data.train.batch(part, generator))
+    for split in held:
+        for part in torch.arange(len(split)).split(4096):
+            likelihood.check(split.batch(part, generator))
 
 
 def resolve_device(device: str | torch.device) -> torch.device:

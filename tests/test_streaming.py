@@ -19,10 +19,10 @@ from shell import ok
 from tiny import tiny_config
 from torch.utils.data import Dataset, TensorDataset
 
+from pyrovae import compiling, streaming
 from pyrovae import config as cfg
-from pyrovae import streaming
 from pyrovae.data import Data, Split, StreamedSplit, from_array, from_dataset, load
-from pyrovae.errors import InputError
+from pyrovae.errors import InputError, ProcessLostError
 from pyrovae.loop import copy_weights
 from pyrovae.runs import load_checkpoint
 from pyrovae.training import check_data, fit
@@ -270,21 +270,45 @@ def test_a_likelihood_sees_every_value_of_a_streamed_split(tmp_path: Path) -> No
     few = np.where(GREY > 99, 200, 40).astype(np.uint8)
     left = load(_npy(tmp_path, few), stream=True, workers=0).train
     assert (left.every_level() * 255).round().unique().tolist() == [40, 200]
-    cut = load(tmp_path / "x.npy", binarize="threshold", stream=True, workers=0)
-    assert cut.train.every_level().unique().tolist() == [0, 1]
-    every = load(_npy(tmp_path, RANDOM.permutation(600 * 256).reshape(600, 256).astype(np.uint8)),
-                 stream=True, workers=0).train  # fmt: skip
+    for binarize in ("threshold", "dynamic"):
+        cut = load(tmp_path / "x.npy", binarize=binarize, stream=True, workers=0)
+        assert cut.train.every_level().unique().tolist() == [0, 1]
+    noisy = load(tmp_path / "x.npy", dequantize="uniform", stream=True, workers=0).train
+    assert (noisy.every_level() * 256).floor().unique().tolist() == [40, 200]
+    many = RANDOM.permutation(600 * 256).reshape(600, 256).astype(np.uint8)
+    every = load(_npy(tmp_path, many, "many.npy"), stream=True, workers=0).train
     assert every.every_level().shape == (1, 256)
     assert (every.every_level() * 255).round().unique().tolist() == list(range(256))
     bernoulli = cfg.build(tiny_config(), cut).likelihood
+    before = torch.get_rng_state()
     check_data(bernoulli, cut)
+    assert torch.get_rng_state().equal(before)
     grey = load(_npy(tmp_path, GREY), stream=True, workers=0)
     binary = grey._replace(valid=cut.valid, test=cut.test)
     with pytest.raises(InputError, match="Bernoulli"):
         check_data(bernoulli, binary)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not compiling.has_compiler(), reason="needs a C++ compiler")
+def test_a_compiled_engine_takes_what_is_streamed(tmp_path: Path) -> None:
+    left = load(_npy(tmp_path, GREY), binarize="dynamic", stream=True, workers=1)
+    traced, compiled = (_trained(left, engine=engine, lr=1e-2) for engine in ("traced", "compiled"))
+    for ours, theirs in zip(compiled[0], traced[0], strict=True):
+        assert ours["valid_elbo"] == pytest.approx(theirs["valid_elbo"], rel=1e-4)
+    for name, t in traced[1].items():
+        assert torch.allclose(compiled[1][name], t, rtol=1e-3, atol=1e-4), name
+
+
 # --------------------------------------------------------------------------------------- refusals
+
+
+def _images(mode: str) -> list[Any]:
+    """As many PIL images of a mode that 8 bits a channel cannot hold."""
+    if mode.startswith(("I", "F")):
+        return [Image.new(mode, (4, 5)) for _ in range(20)]
+    clear = np.dstack([GREY[0]] * (2 if mode == "LA" else 4))
+    return [Image.fromarray(clear, mode)] * 20
 
 
 def _little(monkeypatch: pytest.MonkeyPatch, num_bytes: int) -> None:
@@ -292,7 +316,7 @@ def _little(monkeypatch: pytest.MonkeyPatch, num_bytes: int) -> None:
 
 
 REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "static": (lambda p: load(_npy(p, GREY), "static", stream=True), "dynamic or threshold"),
+    "static": (lambda p: load(_npy(p, GREY), "static", stream=True), "another --binarize"),
     "npz": (lambda p: (np.savez(p / "x.npz", GREY), load(p / "x.npz", stream=True)), "numpy.save"),
     "a name": (lambda p: load("digits", stream=True), "numpy.save"),
     "floats": (lambda p: load(_npy(p, GREY / 255), stream=True), "uint8.*leave --stream out"),
@@ -312,6 +336,19 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "dataset of floats": (
         lambda p: from_dataset(_Listed([torch.rand(1, 2, 2)] * 20), stream=True),
         "ToTensor",
+    ),
+    "16 bits": (lambda p: from_dataset(_Listed(_images("I;16"))), "8 bits a channel"),
+    "pictures of floats": (lambda p: from_dataset(_Listed(_images("F"))), "8 bits a channel"),
+    "transparent": (lambda p: from_dataset(_Listed(_images("RGBA"))), "Flatten"),
+    "transparent grey": (lambda p: from_dataset(_Listed(_images("LA"))), "Flatten"),
+    "no map": (lambda p: from_dataset(iter([GREY])), "__getitem__"),
+    "npz by another name": (
+        lambda p: (
+            np.savez(p / "x.npz", GREY),
+            (p / "x.npz").rename(p / "x.npy"),
+            load(p / "x.npy", stream=True),
+        ),
+        "numpy.save",
     ),
     "dataset of two sizes": (
         lambda p: from_dataset(_Listed([*GREY[:9], GREY[9, :3]]), stream=True, workers=1),
@@ -334,16 +371,20 @@ def test_what_does_not_fit_is_told_before_it_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file, place = _npy(tmp_path, GREY), _folder(tmp_path / "pictures", COLOUR)
-    _little(monkeypatch, 1000)  # where the file's images are 1,200 bytes, those of a tenth 120
+    _little(monkeypatch, 1000)  # where the file's images are 1,200 bytes, and an x in float32 80
     for name in (file, place):
         with pytest.raises(InputError, match=r"fit into memory.*GB are free.*--stream\."):
             load(name)
+    with pytest.raises(InputError, match=r"fit into memory.*--stream\."):
+        from_dataset(_Listed(list(GREY)))
     left = load(file, stream=True, workers=0, valid_size=1, test_size=1)
-    with pytest.raises(InputError, match=r"x\.npy, train: expected images that fit"):
+    with pytest.raises(InputError, match=r"x\.npy, train: expected images that fit.*--limit"):
         left.train.tensor()
-    assert left.train.head(40).tensor().shape == (40, 1, 5, 4)
-    with pytest.raises(InputError, match="pictures, valid: expected images that fit"):
-        load(place, stream=True, workers=0, valid_size=20, test_size=1)
+    assert left.train.head(10).tensor().shape == (10, 1, 5, 4)
+    for part in ("valid", "test"):
+        sizes = {"valid_size": 1, "test_size": 1} | {f"{part}_size": 20}
+        with pytest.raises(InputError, match=f"pictures, {part}: expected .*smaller --{part}-size"):
+            load(place, stream=True, workers=0, **sizes)
     monkeypatch.undo()
     assert streaming._free_memory() is None or streaming._free_memory() > 1e6
 
@@ -352,9 +393,11 @@ def test_an_image_that_is_lost_while_training_is_one_line(tmp_path: Path) -> Non
     left = load(_folder(tmp_path / "x", GREY), stream=True, workers=1)
     lost = tmp_path / f"x/{int(left.train.rows[5]):03}.png"
     lost.write_bytes(b"no picture")
+    others = _children()
     with pytest.raises(InputError, match=f"^{lost.name}: expected an image") as caught:
         list(left.train.read([torch.arange(3), torch.arange(4, 8)]))
     assert "\n" not in str(caught.value)
+    assert _children() <= others  # though the exception is kept
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -362,12 +405,54 @@ def test_a_file_that_is_lost_while_training_is_one_line(workers: int, tmp_path: 
     left = load(_npy(tmp_path, GREY), stream=True, workers=workers).train
     file = tmp_path / "x.npy"
     file.write_bytes(file.read_bytes()[: -20 * 30])  # the last half of the images
-    with pytest.raises(InputError, match=r"^x\.npy: .*shorter than it was") as caught:
+    with pytest.raises(InputError, match=r"^x\.npy: .*it has changed") as caught:
         list(left.read([torch.arange(len(left))]))
     assert "\n" not in str(caught.value)
+    _npy(tmp_path, GREY[:, ::-1])  # of the same size
+    with pytest.raises(InputError, match=r"^x\.npy: .*it has changed"):
+        left.batch(torch.arange(3))
     file.unlink()
     with pytest.raises(InputError, match=r"^x\.npy: .*No such file"):
         list(left.read([torch.arange(3)]))
+
+
+def test_a_picture_that_is_coloured_meanwhile_is_refused(tmp_path: Path) -> None:
+    left = load(_folder(tmp_path, GREY), stream=True, workers=0).train
+    changed = int(left.rows[0])
+    Image.fromarray(COLOUR[0]).save(tmp_path / f"{changed:03}.png")
+    with pytest.raises(InputError, match="expected a grey image"):
+        left.batch(torch.tensor([0]))
+    assert left.batch(torch.arange(0)).shape == (0, 1, 5, 4)
+
+
+class _OpensLate(Dataset):
+    """The usual recipe for a data set that several processes read: each opens the file itself."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.file: Any = None
+
+    def __len__(self) -> int:
+        return len(GREY)
+
+    def __getitem__(self, index: int) -> Any:
+        if self.file is None:
+            self.file = self.path.open("rb", buffering=0)
+        self.file.seek(20 * index)
+        os.sched_yield()
+        return np.frombuffer(self.file.read(20), np.uint8).reshape(5, 4)
+
+
+@pytest.mark.parametrize("workers", [0, 3])
+def test_processes_do_not_share_what_a_dataset_has_opened(workers: int, tmp_path: Path) -> None:
+    (tmp_path / "raw").write_bytes(GREY.tobytes())
+    dataset = _OpensLate(tmp_path / "raw")
+    given = from_dataset(dataset, stream=True, workers=workers)
+    assert (dataset.file is None) == (workers > 0)
+    _same(from_array(GREY), given)
+    assert (dataset.file is None) == (workers > 0)
+    if dataset.file is not None:
+        dataset.file.close()
 
 
 def _ended(row: int) -> np.ndarray:
@@ -378,8 +463,18 @@ def _ended(row: int) -> np.ndarray:
 
 def test_a_reader_that_is_killed_is_one_line() -> None:
     images = streaming.Items(_ended, (60, 1, 5, 4))
-    with pytest.raises(InputError, match="--workers 0"):
+    with pytest.raises(ProcessLostError, match="--workers 0"):
         list(streaming.fetch(images, list(np.arange(60).reshape(-1, 1)), 1))
+
+
+class _Ends(_Listed):
+    def __getitem__(self, index: int) -> Any:
+        return _ended(index)[0]
+
+
+def test_a_reader_that_is_killed_while_data_are_loaded_is_one_line() -> None:
+    with pytest.raises(ProcessLostError, match="--workers 0"):
+        from_dataset(_Ends(list(GREY)), stream=True, workers=1)
 
 
 def test_a_reader_that_is_killed_within_a_step_is_one_line(tmp_path: Path) -> None:
@@ -396,7 +491,7 @@ def test_a_reader_that_is_killed_within_a_step_is_one_line(tmp_path: Path) -> No
             time.sleep(0.5)
         return False
 
-    with pytest.raises(InputError, match=r"--workers 0.*what was saved is good"):
+    with pytest.raises(ProcessLostError, match=r"--workers 0, a training with --resume"):
         _trained(left, engine="svi", should_stop=kill, batch_size=16)
 
 
@@ -410,19 +505,20 @@ def test_what_a_dataset_raises_itself_is_not_renamed() -> None:
         list(streaming.fetch(images, [np.arange(3)], 1))
 
 
-def test_an_interrupt_does_not_end_the_readers(tmp_path: Path) -> None:
-    """A key sends its signal to all processes of a terminal: those that read must go on."""
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_does_not_end_the_readers(signum: int, tmp_path: Path) -> None:
+    """A key sends its signal to all processes of a terminal, and `timeout` to all that it began."""
     left = load(_folder(tmp_path, GREY), stream=True, workers=1).train
     batches, others = list(torch.arange(40).split(1)), _children()
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # pytest's workers ignore it
+    before = signal.signal(signum, signal.default_int_handler)  # pytest's own may ignore it
     try:
         read = left.read(batches)
         got = [next(read)]
         for worker in _children() - others:
-            os.kill(worker, signal.SIGINT)
+            os.kill(worker, signum)
         got += read
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signum, before)
     assert len(got) == 40
 
 
@@ -469,7 +565,7 @@ def test_commands_on_a_streamed_run(here: Path) -> None:
         ("--data x.npy --workers 2", "expected no --workers without --stream"),
         ("--data x.npy --stream --workers -1", "--workers must be at least 0"),
         ("--data digits --stream", "digits: expected no --stream"),
-        ("--data x.npy --stream --binarize static", "use dynamic or threshold".capitalize()),
+        ("--data x.npy --stream --binarize static", "Use another --binarize"),
         ("--data x.npy --test-size 70", "expected more images"),
     ],
 )
@@ -488,3 +584,5 @@ def test_workers_are_shared_between_the_processes_of_a_machine(
     assert streaming.default_workers() == 3
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "40")
     assert streaming.default_workers() == 1
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "")
+    assert streaming.default_workers() == 4

@@ -100,6 +100,7 @@ def dry_run(
         validations = -(-config.epochs // config.validate_every)
         whole = config.epochs * steps * step + validations * validation
         less = "" if timed == engine else f", of which {engine} needs less"
+        less += ", and what is read from disk" if config.stream else ""
         rows += [
             ("time of one step", f"{1000 * step:.1f} ms by {timed}, with gradient and update"),
             ("time of an epoch", f"about {epoch:.1f} s: {steps:,} steps and the validation"),

@@ -217,8 +217,8 @@ class StreamedSplit:
     """Training images that stay on disk, given out as those of a `Split` are.
 
     The same images at the same places, and the same x from the same ``generator``; but nothing is
-    held, so there is no ``raw``. ``read`` hands out whole epochs by the processes of a
-    `torch.utils.data.DataLoader`, ``batch`` reads in this one.
+    held, so there is no ``raw``. ``read`` hands out whole epochs, read ahead by the processes of a
+    `torch.utils.data.DataLoader`; ``batch`` reads when it is asked.
 
     images: all of the source, of which these are the ``rows``, on ``levels`` = L. cut: x is 1 where
     k/L > 1/2. found: the levels that occur in the source. workers: processes that read ahead.

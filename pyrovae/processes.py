@@ -90,10 +90,12 @@ def _told_to_end() -> Iterator[None]:
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if signal.getsignal(signal.SIGTERM) is _end:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _end(*_: object) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it twice, and a line is printed
     raise ProcessLostError(
         f"process {rank()} of {count()} was told to end, as all are when one has ended; what was "
         "saved is good: start the same command again, a training with --resume"

@@ -90,16 +90,18 @@ def _told_to_end() -> Iterator[None]:
     try:
         yield
     finally:
-        if signal.getsignal(signal.SIGTERM) is _end:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _end(*_: object) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it twice, and a line is printed
-    raise ProcessLostError(
-        f"process {rank()} of {count()} was told to end, as all are when one has ended; what was "
-        "saved is good: start the same command again, a training with --resume"
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the next one is not argued with
+    line = (
+        f"pyrovae: process {rank()} of {count()} was told to end, as all are when one has ended; "
+        "what was saved is good: start the same command again, a training with --resume\n"
     )
+    os.write(2, line.encode())  # print may be at work below this
+    # No error: what fails to compile is evaluated as it is, and this may come while it compiles.
+    raise SystemExit(1)
 
 
 def add(values: Tensor) -> Tensor:
@@ -143,8 +145,6 @@ def _running() -> bool:
 def _guarded(call: Callable[[], Any]) -> None:
     try:
         call()
-    except ProcessLostError:
-        raise
     except RuntimeError as error:
         if str(error).startswith("DataLoader worker"):  # raised between any two lines
             raise

@@ -11,7 +11,6 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -480,9 +479,7 @@ def run_split(
     part: Split | StreamedSplit = getattr(cfg.data_of(run, data_root), split)
     if isinstance(part, StreamedSplit):
         part = part.head(len(part) if limit is None else limit)
-    if part.sampling != "fixed":
-        x = part.tensor(torch.Generator().manual_seed(seed))
-        part = replace(part, raw=x, levels=None, sampling="fixed")
+    part = part.drawn_once(torch.Generator().manual_seed(seed))
     return part if limit is None else part.head(limit)
 
 

@@ -211,6 +211,12 @@ class Split:
         """The x of ``raw`` levels, drawn from ``generator`` unless the split is fixed."""
         return _drawn(raw, self.levels, self.sampling, generator)
 
+    def drawn_once(self, generator: torch.Generator | None = None) -> "Split":
+        """The split with every x fixed: as it is, or drawn from ``generator`` now."""
+        if self.sampling == "fixed":
+            return self
+        return replace(self, raw=self.tensor(generator), levels=None, sampling="fixed")
+
 
 @dataclass(frozen=True, eq=False)
 class StreamedSplit:
@@ -220,8 +226,8 @@ class StreamedSplit:
     held, so there is no ``raw``. ``read`` hands out whole epochs, read ahead by the processes of a
     `torch.utils.data.DataLoader`; ``batch`` reads when it is asked.
 
-    images: all of the source, of which these are the ``rows``, on ``levels`` = L. cut: x is 1 where
-    k/L > 1/2. found: the levels that occur in the source. workers: processes that read ahead.
+    images: all of the source, of which these are the ``rows``, on ``levels`` = L. found: the levels
+    that occur in the source. workers: processes that read ahead.
     """
 
     name: str
@@ -231,7 +237,6 @@ class StreamedSplit:
     rows: Tensor
     found: Tensor
     sampling: Literal["fixed", "bernoulli", "uniform"] = "fixed"
-    cut: bool = False
     workers: int = 0
 
     def __len__(self) -> int:
@@ -246,6 +251,11 @@ class StreamedSplit:
     def x_shape(self) -> tuple[int, ...]:
         """The shape of one x: (C, H, W) or (F,)."""
         return tuple(self.images.shape[1:])
+
+    @property
+    def cut(self) -> bool:
+        """Whether x is 1 where k/L > 1/2, and else 0."""
+        return self.protocol.binarize == "threshold"
 
     def read(self, batches: Sequence[Tensor]) -> Iterator[Tensor]:
         """What `drawn` takes, for each of the indices ``(n,)`` in turn: ``(n, *x_shape)``.
@@ -459,7 +469,9 @@ def _streaming(
             f"{name}: expected images that need not be kept for --stream; got --binarize static, "
             "which draws each once. Use another --binarize, or leave --stream out."
         )
-    return {"stream": True, "workers": workers} if stream else {}
+    if not stream:
+        return {}
+    return {"stream": True, "workers": streaming.default_workers() if workers is None else workers}
 
 
 def fixed(
@@ -669,7 +681,6 @@ def _streamed(source: Source, protocol: Protocol, rows: np.ndarray) -> StreamedS
         torch.from_numpy(rows),
         torch.from_numpy(source.contents.levels.astype(np.uint8)),
         _sampling(protocol),
-        protocol.binarize == "threshold",
         source.workers,
     )
 

@@ -4,7 +4,7 @@ import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -65,10 +65,7 @@ class Loop:
         self._left_out = 0
         self._resumed_stream: Tensor | None = None
         self._levels: Iterator[Tensor] = iter(())
-        self._valid = data.valid
-        if self._valid.sampling != "fixed":  # each validation is of the same x
-            x = self._valid.tensor()
-            self._valid = replace(self._valid, raw=x, levels=None, sampling="fixed")
+        self._valid = data.valid.drawn_once()  # each validation is of the same x
 
     def batches(self, seed: int, batch_size: int) -> Iterator[Tensor]:
         """Indices of the epoch's remaining batches; its order is a function of (seed, epoch)."""

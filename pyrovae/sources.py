@@ -91,7 +91,7 @@ def dataset(
     levels: int | None = None,
     what: str = "images",
     stream: bool = False,
-    workers: int | None = None,
+    workers: int = 0,
 ) -> Source:
     """Read a map-style torch ``Dataset`` whose items are images, or tuples that begin with one.
 
@@ -105,12 +105,10 @@ def dataset(
         )
     if len(items) == 0:
         raise InputError(f"{what}: expected at least one image; got none. Check the data set.")
-    reading = streaming.default_workers() if workers is None else workers
-    reading = reading if stream else 0
-    shape = streaming.shape_of(partial(_item, items, None, what), reading)
+    shape = streaming.shape_of(partial(_item, items, None, what), workers)
     images = streaming.Items(partial(_item, items, shape, what), (len(items), *shape), apart=True)
     if stream:
-        return _streamed(images, levels, what, reading)
+        return _streamed(images, levels, what, workers)
     streaming.check_memory(math.prod(images.shape), what, _LEAVE)
     return array(streaming.gather(images, np.arange(len(items)), 0), levels=levels, what=what)
 
@@ -136,17 +134,14 @@ def _item(items: Any, shape: tuple[int, ...] | None, what: str, row: int) -> np.
     return image
 
 
-def _streamed(
-    images: streaming.Images, levels: int | None, what: str, workers: int | None
-) -> Source:
+def _streamed(images: streaming.Images, levels: int | None, what: str, workers: int) -> Source:
     """The source of images that are not held, after one look through them."""
-    workers = streaming.default_workers() if workers is None else workers
     contents = streaming.contents(images, workers)
     levels = _largest_level(int(contents.levels[-1]), levels, what)
     return Source(images, levels, contents=contents, workers=workers)
 
 
-def file(path: Path, stream: bool = False, workers: int | None = None) -> Source:
+def file(path: Path, stream: bool = False, workers: int = 0) -> Source:
     """Read .npy, or .npz with ``images`` (or a single array) and perhaps ``labels``, ``levels``.
 
     stream: leave a .npy of uint8 where it is.
@@ -185,7 +180,7 @@ def _unreadable(path: Path, error: Exception) -> InputError:
     )
 
 
-def _left(path: Path, workers: int | None) -> Source:
+def _left(path: Path, workers: int) -> Source:
     """The source of a .npy that is left where it is."""
     try:
         found = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -217,7 +212,7 @@ def folder(
     path: Path,
     image_size: int | None = None,
     stream: bool = False,
-    workers: int | None = None,
+    workers: int = 0,
 ) -> Source:
     """Read every image below a folder, in the order of their paths.
 

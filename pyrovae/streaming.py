@@ -32,7 +32,7 @@ class Images(Protocol):
     shape: tuple[int, ...]
     """(N, *x_shape)."""
     apart: bool
-    """Whether only one process may read, be it this one or each that was started for it."""
+    """Whether this process must not read where others do: they would share what it has opened."""
 
     def __getitem__(self, rows: np.ndarray) -> np.ndarray:
         """The images of those rows (n,): (n, *x_shape)."""

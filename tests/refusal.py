@@ -1,13 +1,14 @@
 """What every mistake ends with: one line that helps, exit status 2, nothing written."""
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 from pyrovae.cli import main
+from pyrovae.errors import InputError
 
 Tree = dict[str, bytes | None]
 
@@ -47,6 +48,15 @@ def is_refusal(status: int, out: str, err: str, says: str) -> None:
     assert says in err
     assert out == ""
     assert status == 2
+
+
+def one_line(act: Callable[[Path], object], remedy: str, here: Path) -> str:
+    """What ``act`` refuses with: one line that says ``remedy``."""
+    with pytest.raises(InputError, match=remedy) as caught:
+        act(here)
+    message = str(caught.value)
+    assert "\n" not in message and message.endswith(".")
+    return message
 
 
 def none(_: object) -> None:

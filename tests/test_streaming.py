@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from refusal import refuse
+from refusal import one_line, refuse
 from shell import ok
 from tiny import tiny_config
 from torch.utils.data import Dataset, TensorDataset
@@ -359,11 +359,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 @pytest.mark.parametrize("what", REFUSED)
 def test_refusals_are_one_line_with_a_remedy(what: str, tmp_path: Path) -> None:
-    act, remedy = REFUSED[what]
-    with pytest.raises(InputError, match=remedy) as caught:
-        act(tmp_path)
-    message = str(caught.value)
-    assert "\n" not in message and message.endswith(".")
+    message = one_line(*REFUSED[what], tmp_path)
     assert "expected" in message
 
 
@@ -414,6 +410,15 @@ def test_a_file_that_is_lost_while_training_is_one_line(workers: int, tmp_path: 
     file.unlink()
     with pytest.raises(InputError, match=r"^x\.npy: .*No such file"):
         list(left.read([torch.arange(3)]))
+
+
+def test_a_file_that_ends_too_soon_is_not_read_for_ever(tmp_path: Path) -> None:
+    (tmp_path / "short").write_bytes(b"abc")
+    read = np.zeros(4, np.uint8)
+    file = (tmp_path / "short").open("rb", buffering=0)
+    with file, pytest.raises(OSError, match="shorter than it was"):
+        streaming._fill(file, read)
+    assert read.tobytes() == b"abc\0"
 
 
 def test_a_picture_that_is_coloured_meanwhile_is_refused(tmp_path: Path) -> None:

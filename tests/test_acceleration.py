@@ -43,6 +43,8 @@ from pyrovae.runs import load_checkpoint, save_checkpoint
 from pyrovae.tracing import Draws, NotTraceableError, Traced
 from pyrovae.training import fit
 
+pytestmark = pytest.mark.usefixtures("soon_started")
+
 needs_compiler = pytest.mark.skipif(not compiling.has_compiler(), reason="needs a C++ compiler")
 
 
@@ -76,9 +78,10 @@ def noise_for(plan, seed=0):
 
 
 def first_rows(names):
-    """Every prior and posterior with one likelihood, every likelihood with one of each."""
+    """Every prior with every posterior, and every objective or likelihood with one of each."""
     plain = names[1:3] == ("standard-normal", "mean-field")
-    return () if names[0] == "bernoulli" or plain else pytest.mark.slow
+    of_elbo = names[3] == "elbo" and names[0] == "bernoulli"
+    return () if of_elbo or plain else pytest.mark.slow
 
 
 @pytest.mark.parametrize(

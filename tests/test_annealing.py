@@ -174,6 +174,7 @@ def start_near_zero(patch):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "check", "arguments"),
     [

@@ -12,6 +12,8 @@ from pyrovae import likelihoods, networks, objectives, posteriors, priors
 from pyrovae.errors import InputError
 from pyrovae.training import fit
 
+pytestmark = pytest.mark.usefixtures("soon_started")
+
 SMALL = {
     "prior_args": {"mixture": {"components": 3}, "vamp": {"components": 3}},
     "posterior_args": {"flow": {"hidden": (8,)}},

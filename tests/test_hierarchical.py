@@ -27,6 +27,8 @@ from pyrovae.importance import log_terms, log_weights
 from pyrovae.layers import Layers, stack
 from pyrovae.quadrature import quadrature
 
+pytestmark = pytest.mark.usefixtures("soon_started")
+
 STRUCTURES = hierarchical.STRUCTURES
 
 

@@ -10,6 +10,8 @@ from pyrovae.evaluation import evaluate
 from pyrovae.optimizers import WholeModelOptimizer
 from pyrovae.precision import networks_in, stands
 
+pytestmark = pytest.mark.usefixtures("soon_started")
+
 SWITCHES = {
     "all": torch.backends,
     "all of CUDA": torch.backends.cudnn,

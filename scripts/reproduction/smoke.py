@@ -32,6 +32,8 @@ def small(row: Row, data: Path) -> Row:
         "warmup_epochs": 0.5,
         "engine": "svi",
     }
+    if "prior_args" in row.settings:  # 500 pseudo-inputs through convolutions are minutes
+        settings["prior_args"] = {**row.settings["prior_args"], "components": 8}
     if row.table == "likelihoods":  # whose networks are no part of what is compared
         settings["hidden"] = [4, 4, 8, 8] if "network" in settings else [16]
     if name == "binarized-mnist":
